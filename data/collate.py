@@ -1,0 +1,179 @@
+"""From samples and the histories they are cut from to a `Batch`, without a loop over samples.
+
+Legend: S = samples of this rank, B = max(S, 1), E = events of all samples from history_begin to target_end,
+T = those of them that the model reads, M = labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from .batch import Batch
+from .config import FeatureConfig
+from .errors import UserError
+from .order import Samples, Step
+from .reader import Histories
+from .samples import Candidates, Integers, NextItemSampler, RankingSampler, Sampler, Split
+
+
+@dataclass(frozen=True)
+class Collator:
+    """How samples become batches; the same for every step of a loader."""
+
+    sampler: Sampler
+    split: Split
+    features: Mapping[str, FeatureConfig]
+    candidates: Candidates | None
+    file_begin: Integers
+    """First row of each file, and the number of all rows."""
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in {"item", "positive", "candidate"}.intersection(self.features):
+            raise UserError(
+                f"data.features.{name}: {name!r} is the name of a lookup of items; "
+                "prepare the dataset with another name for this column"
+            )
+
+    def batch(self, step: Step, samples: Samples, windows: Mapping[int, Histories]) -> Batch:
+        """The batch of the rank that was dealt `samples` of `step`; `windows` holds every window they are read in."""
+        gathered = _gather(samples, windows, self.features)
+        if isinstance(self.sampler, RankingSampler):
+            read = _read_ranking(gathered, samples, self.features)
+        else:
+            read = _read_next_item(gathered, samples, self.sampler, self.split)
+        lengths = read.lengths if len(samples) else np.zeros(1, np.int64)
+        return Batch(
+            ids=self._ids(step, lengths, read, gathered.users),
+            offsets=_tensor(np.concatenate([[0], np.cumsum(lengths)])),
+            num_targets=_tensor(read.num_targets if len(samples) else lengths),
+            timestamps=_tensor(read.events["timestamps"]),
+            query_timestamps=_tensor(read.query_timestamps),
+            actions=_tensor(read.events["actions"]),
+            features=self._features(read, gathered.users),
+            labels=_tensor(read.labels),
+            users=_tensor(np.repeat(samples.rows, read.labels_per_sample)),
+            num_labels=self.sampler.num_labels(step.samples.slices, self.split),
+            epoch=step.epoch,
+            samples=_tensor(self._audit(samples)),
+            state=step.state,
+        )
+
+    def _features(self, read: _Read, users: Mapping[str, Integers]) -> dict[str, Tensor]:
+        of_events = {name: read.events[name] for name, feature in self.features.items() if feature.role != "user"}
+        return {name: _tensor(ids) for name, ids in {**of_events, **self._user_ids(users, hashed=False)}.items()}
+
+    def _user_ids(self, users: Mapping[str, Integers], *, hashed: bool) -> dict[str, Integers]:
+        """[B] ids of the user features that are looked up by hash, or of the others."""
+        names = [name for name, f in self.features.items() if f.role == "user" and (f.kind == "hash") == hashed]
+        return {name: users[name] if len(users[name]) else np.zeros(1, np.int64) for name in names}
+
+    def _ids(self, step: Step, lengths: Integers, read: _Read, users: Mapping[str, Integers]) -> KeyedJaggedTensor:
+        bags = {"item": (read.events["items"], lengths)}
+        for name, ids in self._user_ids(users, hashed=True).items():
+            bags[name] = (ids, np.ones_like(lengths))
+        if self.candidates is not None:
+            if self.candidates.kind == "sampled":
+                bags["positive"] = (read.labels, read.labels_per_sample if len(read.labels) else lengths)
+            ids = self.candidates.ids(seed=self.seed, epoch=step.epoch, first_sample=step.first_sample)
+            bags["candidate"] = (ids, np.concatenate([[len(ids)], np.zeros_like(lengths[1:])]))
+        values, bag_lengths = (np.concatenate(parts) for parts in zip(*bags.values(), strict=True))
+        return KeyedJaggedTensor.from_lengths_sync(list(bags), _tensor(values), _tensor(bag_lengths))
+
+    def _audit(self, samples: Samples) -> Integers:
+        files = np.searchsorted(self.file_begin, samples.rows, side="right") - 1
+        return np.stack([files, samples.rows - self.file_begin[files], samples.numbers], axis=1)
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """[E] events, each sample's from history_begin to target_end, and [S] user feature ids."""
+
+    lengths: Integers
+    events: dict[str, Integers]
+    users: dict[str, Integers]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What the model reads of the gathered events ([T]), and what it is asked ([M])."""
+
+    lengths: Integers
+    num_targets: Integers
+    events: dict[str, Integers]
+    query_timestamps: Integers
+    labels: Integers
+    labels_per_sample: Integers
+
+
+def _gather(samples: Samples, windows: Mapping[int, Histories], features: Mapping[str, FeatureConfig]) -> _Gathered:
+    lengths = samples.slices.target_end - samples.slices.history_begin
+    of_users = [name for name, feature in features.items() if feature.role == "user"]
+    of_events = ["items", "timestamps", "actions", *(name for name in features if name not in of_users)]
+    event_parts: dict[str, list[Integers]] = {name: [np.zeros(0, np.int64)] for name in of_events}
+    user_parts: dict[str, list[Integers]] = {name: [np.zeros(0, np.int64)] for name in of_users}
+    # Samples stand in the order of their windows, so that the windows' parts, one after the other, are in their order.
+    for window in np.unique(samples.windows).tolist():
+        inside = samples.windows == window
+        histories = windows[window]
+        places = histories.positions(samples.rows[inside])
+        index = _ranges(histories.offsets[places] + samples.slices.history_begin[inside], lengths[inside])
+        for name, parts in event_parts.items():
+            parts.append(histories.events[name][index])
+        for name, parts in user_parts.items():
+            parts.append(histories.users[name][places])
+    events = {name: np.concatenate(parts) for name, parts in event_parts.items()}
+    return _Gathered(lengths, events, {name: np.concatenate(parts) for name, parts in user_parts.items()})
+
+
+def _read_ranking(gathered: _Gathered, samples: Samples, features: Mapping[str, FeatureConfig]) -> _Read:
+    """All events are read, the targets' without what came of them."""
+    num_targets = samples.slices.target_end - samples.slices.target_begin
+    is_target = np.zeros(int(gathered.lengths.sum()), bool)
+    is_target[_ranges(np.cumsum(gathered.lengths) - num_targets, num_targets)] = True
+    outcomes = ["actions", *(name for name, feature in features.items() if feature.role == "outcome")]
+    hidden = {name: np.where(is_target, 0, gathered.events[name]) for name in outcomes}
+    return _Read(
+        lengths=gathered.lengths,
+        num_targets=num_targets,
+        events={**gathered.events, **hidden},
+        query_timestamps=gathered.events["timestamps"],
+        labels=gathered.events["actions"][is_target],
+        labels_per_sample=num_targets,
+    )
+
+
+def _read_next_item(gathered: _Gathered, samples: Samples, sampler: NextItemSampler, split: Split) -> _Read:
+    """All events but each sample's last are read; what is asked of each is its successor."""
+    lengths = sampler.num_tokens(samples.slices)
+    ends = np.cumsum(gathered.lengths)
+    is_read = np.ones(int(gathered.lengths.sum()), bool)
+    is_read[ends - 1] = False
+    follows = np.ones_like(is_read)
+    follows[ends - gathered.lengths] = False
+    items = gathered.events["items"]
+    return _Read(
+        lengths=lengths,
+        num_targets=np.zeros_like(lengths),
+        events={name: values[is_read] for name, values in gathered.events.items()},
+        query_timestamps=gathered.events["timestamps"][follows],
+        labels=items[follows] if split == "train" else items[ends - 1],
+        labels_per_sample=lengths if split == "train" else np.ones_like(lengths),
+    )
+
+
+def _ranges(begin: Integers, lengths: Integers) -> Integers:
+    """begin[0], begin[0] + 1, … (lengths[0] numbers), then the same from begin[1], and so on."""
+    starts = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) + np.repeat(begin - starts, lengths)
+
+
+def _tensor(values: npt.NDArray[np.integer]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))

@@ -1,0 +1,66 @@
+"""Where the histories are and how they become batches: the `data` section of a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class FeatureConfig(BaseModel):
+    """One further column of the prepared dataset that the model reads.
+
+    A value becomes an id in 0..num_values, where 0 stands for unknown (missing, or out of range):
+    `category`: 1 + value for integers 0..num_values-1;
+    `bucket`: 1 + floor(per_octave * log2(1 + value)), capped at num_values, for numbers >= 0;
+    `hash`: 1 + a 64-bit mix of the integer modulo num_values, for id spaces without a vocabulary.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["category", "bucket", "hash"]
+    role: Literal["event", "outcome", "user"]
+    """`event` is known when the item is shown (history and targets see it), `outcome` only afterwards
+    (history sees it, targets see 0), `user` is one value per user and becomes a token in front of the history."""
+    num_values: int = Field(gt=0)
+    per_octave: float = Field(default=1.0, gt=0)
+    """Buckets per doubling of the value; `bucket` only."""
+
+
+class DataConfig(BaseModel):
+    """The `data` section."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    """Folder of a prepared dataset (`ultrarec prepare`)."""
+    features: dict[str, FeatureConfig] = {}
+    """Columns read beside items, timestamps and actions, by name. `user_id` may be read as a `user` feature."""
+    max_history: int = Field(default=200, gt=0)
+    """Newest events of a user that a sample keeps in front of its targets."""
+    targets_per_sample: int = Field(default=1, gt=0)
+    """Ranking, training: consecutive events that share one history. 1 shows each target everything before it;
+    more cost less, and hide a sample's own events from each other. Evaluation always uses 1."""
+    batch_rows: int | None = Field(default=None, gt=0)
+    """Samples per step over all ranks together, so that a run on other machines trains on the same batches."""
+    batch_tokens: int | None = Field(default=None, gt=0)
+    """Instead of `batch_rows`: events per step over all ranks together."""
+    evaluate_rows: int = Field(default=1024, gt=0)
+    """Samples per evaluation batch over all ranks together."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the order of rows and of the sampled negatives."""
+    shuffle_row_groups: int = Field(default=16, gt=0)
+    """Row groups whose rows are mixed; a rank holds this many in memory."""
+    prefetch: int = Field(default=4, gt=0)
+    """Batches prepared ahead in a background thread."""
+    audit: bool = False
+    """Write the rows of every finished step to `OUT/audit/rank-R.jsonl`."""
+
+    @model_validator(mode="after")
+    def _one_batch_size(self) -> DataConfig:
+        if (self.batch_rows is None) == (self.batch_tokens is None):
+            raise ValueError(
+                f"data.batch_rows={self.batch_rows} and data.batch_tokens={self.batch_tokens}: "
+                "exactly one of them sizes a step; set one and remove the other"
+            )
+        return self

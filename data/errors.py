@@ -1,0 +1,8 @@
+"""The error that is the user's to mend; everything else is ours and keeps its traceback."""
+
+
+class UserError(ValueError):
+    """Something the user can correct: the message states the value, the rule it breaks and the remedy.
+
+    The command line prints the text alone and exits with status 2.
+    """

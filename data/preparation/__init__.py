@@ -1,0 +1,1 @@
+"""The steps of `ultrarec prepare`: find and read the log, check it, split it, write the histories."""

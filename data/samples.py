@@ -1,0 +1,154 @@
+"""Which of a row's events are the history and which the targets of each of its samples: index arithmetic, no events.
+
+Legend: R = rows (users), S = samples. A row's events are numbered from 0 in true time order; the first num_train of
+them train, the next num_validation validate, the rest test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Split = Literal["train", "validation", "test"]
+Integers = npt.NDArray[np.int64]
+
+# Kept apart from the streams that order.py draws from the same seed and epoch.
+_NEGATIVES = 2
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """[R] int32 each: all events of a row, and how many of them train and validate."""
+
+    num_events: npt.NDArray[np.int32]
+    num_train: npt.NDArray[np.int32]
+    num_validation: npt.NDArray[np.int32]
+
+    def take(self, rows: Integers) -> RowCounts:
+        """The counts of these rows."""
+        return RowCounts(self.num_events[rows], self.num_train[rows], self.num_validation[rows])
+
+    def range_of(self, split: Split) -> tuple[Integers, Integers]:
+        """[R] first event of the split, and the one after its last."""
+        train = self.num_train.astype(np.int64)
+        test = train + self.num_validation
+        if split == "train":
+            return np.zeros_like(train), train
+        return (train, test) if split == "validation" else (test, self.num_events.astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Slices:
+    """[S] each: a sample's history is [history_begin, target_begin), its targets [target_begin, target_end)."""
+
+    history_begin: Integers
+    target_begin: Integers
+    target_end: Integers
+
+    def take(self, index: Integers | slice) -> Slices:
+        """The slices of these samples."""
+        return Slices(self.history_begin[index], self.target_begin[index], self.target_end[index])
+
+
+@dataclass(frozen=True)
+class RankingSampler:
+    """Each target event is judged, given the newest `max_history` events before it.
+
+    Training takes `targets_per_sample` consecutive events at a time, which share the history before the first of
+    them. Evaluation takes one event at a time with all that precedes it, earlier events of the same split included,
+    as in serving. A user's first event has an empty history.
+    """
+
+    max_history: int
+    targets_per_sample: int
+
+    def num_samples(self, counts: RowCounts, split: Split) -> Integers:
+        """[R] samples that each row gives."""
+        begin, end = counts.range_of(split)
+        return -((begin - end) // self._targets(split))
+
+    def slices(self, counts: RowCounts, numbers: Integers, split: Split) -> Slices:
+        """Sample `numbers[s]` of the row that `counts` describes at s."""
+        begin, end = counts.range_of(split)
+        target_begin = begin + numbers * self._targets(split)
+        target_end = np.minimum(target_begin + self._targets(split), end)
+        return Slices(np.maximum(target_begin - self.max_history, 0), target_begin, target_end)
+
+    def num_tokens(self, slices: Slices) -> Integers:
+        """[S] events that the model reads: history and targets."""
+        return slices.target_end - slices.history_begin
+
+    def num_labels(self, slices: Slices, split: Split) -> int:
+        """Labels of all these samples."""
+        return int((slices.target_end - slices.target_begin).sum())
+
+    def _targets(self, split: Split) -> int:
+        return self.targets_per_sample if split == "train" else 1
+
+
+@dataclass(frozen=True)
+class NextItemSampler:
+    """The events of a history predict the item that follows (SASRec's protocol, as in HSTU, arXiv 2402.17152).
+
+    Training takes a row's newest `max_history` + 1 training events as one sample, in which every event but the last
+    predicts its successor. Evaluation takes each event of the split as one sample, predicted from the newest
+    `max_history` events before it. An event without any before it gives no sample: nothing can predict it.
+    """
+
+    max_history: int
+
+    def num_samples(self, counts: RowCounts, split: Split) -> Integers:
+        """[R] samples that each row gives."""
+        begin, end = counts.range_of(split)
+        if split == "train":
+            return (end >= 2).astype(np.int64)
+        return np.maximum(end - np.maximum(begin, 1), 0)
+
+    def slices(self, counts: RowCounts, numbers: Integers, split: Split) -> Slices:
+        """Sample `numbers[s]` of the row that `counts` describes at s; its one target is the newest event."""
+        begin, end = counts.range_of(split)
+        target_begin = end - 1 if split == "train" else np.maximum(begin, 1) + numbers
+        return Slices(np.maximum(target_begin - self.max_history, 0), target_begin, target_begin + 1)
+
+    def num_tokens(self, slices: Slices) -> Integers:
+        """[S] events that the model reads: the history."""
+        return slices.target_begin - slices.history_begin
+
+    def num_labels(self, slices: Slices, split: Split) -> int:
+        """Labels of all these samples: one per event read in training, one per sample in evaluation."""
+        return int(self.num_tokens(slices).sum()) if split == "train" else len(slices.target_begin)
+
+
+Sampler = RankingSampler | NextItemSampler
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Items that every prediction of a step is compared with.
+
+    `catalogue`: the ids 1..num_items. `sampled`: `num_negatives` uniform ids of 1..num_items, all different where
+    there are enough items.
+    """
+
+    kind: Literal["catalogue", "sampled"]
+    num_items: int
+    num_negatives: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.kind == "sampled") != (self.num_negatives > 0):
+            raise ValueError(
+                f"num_negatives={self.num_negatives} with kind={self.kind!r}: "
+                "sampled candidates need at least 1, a catalogue takes none"
+            )
+
+    def ids(self, *, seed: int, epoch: int, first_sample: int) -> Integers:
+        """The ids for the step that begins at `first_sample` of its epoch; the same on every rank and world size."""
+        if self.kind == "catalogue":
+            return np.arange(1, self.num_items + 1)
+        random = np.random.default_rng((seed, epoch, _NEGATIVES, first_sample))
+        if self.num_negatives > self.num_items:
+            return random.integers(1, self.num_items + 1, self.num_negatives)
+        return random.choice(self.num_items, self.num_negatives, replace=False, shuffle=False) + 1

@@ -1,0 +1,223 @@
+"""What a prepared dataset is: `dataset.json`, the contract between the preparation and everything that reads it.
+
+A dataset is a folder:
+
+    dataset.json              this module's `DatasetInfo`; written last, so a folder without it is not a dataset
+    items.parquet             id int64 (1..num_items), item_id (as in the log), count int64 (training events only)
+    histories/part-*.parquet  one row per user: user_id, items, timestamps, actions, num_events, num_train,
+                              num_validation, and the declared columns; lists are in true time order, so that a
+                              user's first num_train events are for training, the next num_validation for
+                              validation and the rest for testing
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import UserError
+
+SCHEMA_VERSION = 1
+DATASET_FILE = "dataset.json"
+ITEMS_FILE = "items.parquet"
+HISTORIES_FOLDER = "histories"
+
+UNKNOWN_ITEM = 0
+"""The dense id of an item outside the vocabulary; real items have the ids 1..num_items."""
+
+MAX_ACTIONS = 63
+"""Boolean actions share one signed 64-bit mask, whose sign bit stays free."""
+
+BUILT_IN_COLUMNS = ("user_id", "items", "timestamps", "actions", "num_events", "num_train", "num_validation")
+"""Columns of every history file; a declared column may not take one of these names."""
+
+ColumnKind = Literal["event", "user"]
+SplitKind = Literal["leave_last", "split_time", "none"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Roles:
+    """Which column of the log plays which part."""
+
+    user: str
+    item: str
+    time: str
+    order: str | None = None
+    """Column that orders events of equal time; without it, the order of files and rows does."""
+    actions: tuple[str, ...] = ()
+    """Boolean columns; the k-th is bit k (value 2**k) of `actions` in the histories."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """A declared column: one value per event (a list in the histories) or one per user (a scalar)."""
+
+    kind: ColumnKind
+    type: str
+    """Arrow type of one value, as pyarrow prints it: "int64", "double", "string"."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vocabulary:
+    """Ids 1..size; `path`, relative to the dataset, maps them to the ids of the log."""
+
+    size: int
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """Totals over the whole dataset, after filtering."""
+
+    users: int
+    events: int
+    items: int
+    train_events: int
+    validation_events: int
+    test_events: int
+    unknown_item_events: int
+    """Events whose item is `UNKNOWN_ITEM`, that is, absent from the training period."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """How events were divided; the fields that the kind does not use are None."""
+
+    kind: SplitKind
+    num_events: int | None = None
+    """leave_last: this many events of a user are test, as many before them validation."""
+    time: int | None = None
+    """split_time: events from this time on are test; in the unit of `timestamps`."""
+    validation_time: int | None = None
+    """split_time: events from this time on, and before `time`, are validation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HistoryFile:
+    """One Parquet file of histories; `path` is relative to the dataset."""
+
+    path: str
+    rows: int
+    row_groups: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceFile:
+    """One file of the log, in the order in which it was read."""
+
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetInfo:
+    """Everything `dataset.json` says, and the folder (`root`) it was read from."""
+
+    root: Path
+    roles: Roles
+    columns: dict[str, Column]
+    vocabularies: dict[str, Vocabulary]
+    counts: Counts
+    split: Split
+    files: tuple[HistoryFile, ...]
+    sources: tuple[SourceFile, ...]
+    created_by: str
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def num_items(self) -> int:
+        """Size of the item vocabulary; an item table needs num_items + 1 rows, row 0 for unknown items."""
+        return self.vocabularies["items"].size
+
+    @property
+    def history_paths(self) -> list[Path]:
+        """The history files, in order."""
+        return [self.locate(file.path) for file in self.files]
+
+    @property
+    def event_columns(self) -> list[str]:
+        """Declared columns with one value per event, in declared order."""
+        return [name for name, column in self.columns.items() if column.kind == "event"]
+
+    @property
+    def user_columns(self) -> list[str]:
+        """Declared columns with one value per user, in declared order."""
+        return [name for name, column in self.columns.items() if column.kind == "user"]
+
+    def locate(self, relative: str) -> Path:
+        """The place of a file that the dataset names relative to itself."""
+        return self.root / relative
+
+    @classmethod
+    def load(cls, dir_path: str | os.PathLike[str]) -> "DatasetInfo":
+        """Read `dataset.json` of a prepared dataset.
+
+        Raises UserError when the folder is missing, is not a prepared dataset, or was written by a newer version.
+        """
+        root = Path(dir_path)
+        raw = _read_json(root)
+        version = raw.get("schema_version")
+        if not isinstance(version, int) or version < 1:
+            raise UserError(f"{root / DATASET_FILE}: schema_version={version!r} is not a version; prepare it again")
+        if version > SCHEMA_VERSION:
+            raise UserError(
+                f"{root / DATASET_FILE}: schema_version={version}, but this ultrarec reads up to {SCHEMA_VERSION}; "
+                "upgrade ultrarec or prepare the dataset again"
+            )
+        try:
+            return _from_json(root, raw)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{root / DATASET_FILE} is damaged ({error!r}); prepare the dataset again") from error
+
+    def write(self) -> None:
+        """Write `dataset.json` into `root` in one atomic step; call it when every other file is in place."""
+        raw = dataclasses.asdict(self)
+        del raw["root"]
+        raw["split"] = {name: value for name, value in raw["split"].items() if value is not None}
+        target = self.root / DATASET_FILE
+        temporary = target.with_name(f".{DATASET_FILE}.{os.getpid()}")
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(raw, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+
+
+def _read_json(root: Path) -> dict[str, Any]:
+    if not root.exists():
+        raise UserError(
+            f"{root} does not exist; make it with `ultrarec prepare LOG --out {root} …`, or correct the path"
+        )
+    try:
+        raw = json.loads((root / DATASET_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{root} is not a prepared dataset: it has no {DATASET_FILE}; "
+            "give the folder that `ultrarec prepare --out` wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{root / DATASET_FILE} cannot be read ({error}); prepare the dataset again") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{root / DATASET_FILE} holds no JSON object; prepare the dataset again")
+    return raw
+
+
+def _from_json(root: Path, raw: Mapping[str, Any]) -> DatasetInfo:
+    roles = raw["roles"]
+    return DatasetInfo(
+        root=root,
+        roles=Roles(**{**roles, "actions": tuple(roles["actions"])}),
+        columns={name: Column(**column) for name, column in raw["columns"].items()},
+        vocabularies={name: Vocabulary(**vocabulary) for name, vocabulary in raw["vocabularies"].items()},
+        counts=Counts(**raw["counts"]),
+        split=Split(**raw["split"]),
+        files=tuple(HistoryFile(**file) for file in raw["files"]),
+        sources=tuple(SourceFile(**source) for source in raw["sources"]),
+        created_by=raw["created_by"],
+        schema_version=raw["schema_version"],
+    )

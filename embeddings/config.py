@@ -1,0 +1,37 @@
+"""Embedding tables: widths, optimizer, placement: the `embeddings` section of a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Sharding = Literal["auto", "row_wise", "table_wise", "column_wise"]
+
+
+class EmbeddingOptimizerConfig(BaseModel):
+    """The optimizer fused into the tables' backward pass."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["rowwise_adagrad", "adam"] = "rowwise_adagrad"
+    lr: float = Field(default=0.01, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    """First and second moment decay; `adam` only."""
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
+class EmbeddingsConfig(BaseModel):
+    """The `embeddings` section."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dim: int = Field(gt=0)
+    """Columns of every table. Stored rows are padded to a multiple of 4, the width of one fbgemm vector load."""
+    init_std: float = Field(default=0.02, gt=0)
+    sharding: dict[str, Sharding] = {}
+    """Per table: how its weights are split over ranks; a table that is not named is placed by the planner."""
+    hbm_gib: float | None = Field(default=None, gt=0)
+    """Device memory per rank that tables may use, in GiB; default: what the device has, less the planner's reserve."""
+    optimizer: EmbeddingOptimizerConfig = EmbeddingOptimizerConfig()

@@ -1,0 +1,100 @@
+"""The sharding plan: which rank holds which part of which table, and a page that says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.types import ShardingPlan, ShardingType
+
+from ..data.errors import UserError
+from .config import EmbeddingOptimizerConfig, EmbeddingsConfig
+
+OPTIMIZERS = {"rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "adam": EmbOptimType.ADAM}
+# data_parallel is left out: fbgemm's dense CPU kernel pools sequences although pooling is off, so it would
+# train on the CPU only with wrong shapes; and a table small enough for it belongs to the model as nn.Embedding.
+PLANNED = [ShardingType.ROW_WISE, ShardingType.TABLE_WISE, ShardingType.COLUMN_WISE]
+RESERVED_SHARE = 0.15
+"""Part of a device's memory that the planner leaves to activations and the dense model."""
+
+
+def fused_params(config: EmbeddingOptimizerConfig) -> dict[str, Any]:
+    """fbgemm's arguments for the optimizer that runs inside the tables' backward pass."""
+    params: dict[str, Any] = {
+        "optimizer": OPTIMIZERS[config.kind],
+        "learning_rate": config.lr,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if config.kind == "adam":
+        params["beta1"], params["beta2"] = config.betas
+    return params
+
+
+def make_plan(
+    module: nn.Module, config: EmbeddingsConfig, *, device: torch.device
+) -> tuple[ShardingPlan, EmbeddingCollectionSharder]:
+    """Plan the tables inside `module` over all ranks of the default process group; every rank gets the same plan.
+
+    Raises:
+        UserError: `embeddings.sharding` names a table that does not exist, or the tables do not fit.
+    """
+    sharder = EmbeddingCollectionSharder(fused_params=fused_params(config.optimizer))
+    names = [table.name for m in module.modules() for table in getattr(m, "embedding_configs", lambda: [])()]
+    unknown = sorted(set(config.sharding) - set(names))
+    if unknown:
+        raise UserError(f"embeddings.sharding names {unknown}; the tables of this run are {names}")
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(
+            world_size=dist.get_world_size(),
+            compute_device=device.type,
+            hbm_cap=_hbm_bytes(config, device),
+        ),
+        constraints={name: _constraints(config.sharding.get(name, "auto")) for name in names},
+        storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED_SHARE),
+    )
+    try:
+        return planner.collective_plan(module, [sharder], dist.group.WORLD), sharder
+    except Exception as error:  # the planner's PlannerError carries a page of figures; keep its first line
+        raise UserError(
+            f"no sharding plan fits {dist.get_world_size()} rank(s): {str(error).strip().splitlines()[0]}; "
+            "add ranks, lower embeddings.dim, or change embeddings.sharding / embeddings.hbm_gib"
+        ) from error
+
+
+def _constraints(sharding: str) -> ParameterConstraints:
+    types = PLANNED if sharding == "auto" else [ShardingType(sharding)]
+    return ParameterConstraints(sharding_types=[kind.value for kind in types])
+
+
+def _hbm_bytes(config: EmbeddingsConfig, device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    if config.hbm_gib is not None:
+        return int(config.hbm_gib * 2**30)
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def describe_plan(plan: ShardingPlan, config: EmbeddingsConfig) -> str:
+    """The plan as a table of text: for each table its placement, why, and the rows and columns of each rank."""
+    lines = [f"{'table':<16} {'sharding':<12} {'kernel':<8} {'placed by':<14} shards: rank [rows x columns at row, column]"]
+    for module_plan in plan.plan.values():
+        for table, placement in sorted(module_plan.items()):
+            reason = "recipe" if config.sharding.get(table, "auto") != "auto" else "planner"
+            shards = ", ".join(_describe_shard(shard) for shard in placement.sharding_spec.shards)
+            lines.append(
+                f"{table:<16} {placement.sharding_type:<12} {placement.compute_kernel:<8} {reason:<14} {shards}"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _describe_shard(shard: Any) -> str:
+    rows, columns = shard.shard_sizes
+    row, column = shard.shard_offsets
+    return f"{shard.placement.rank()} [{rows} x {columns} at {row}, {column}]"

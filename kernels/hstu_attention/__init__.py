@@ -1,0 +1,82 @@
+"""HSTU attention over jagged sequences: the public function, which checks its inputs and chooses the implementation."""
+
+# T = events of all sequences, B = sequences, H = heads, D = head width (Dqk of queries and keys, Dv of values)
+
+import torch
+from torch import Tensor
+
+from . import cpu, reference
+from .bias import RelativeBias
+from .inputs import check_attention, check_bias, check_scale
+from .mask import AttentionMask
+
+__all__ = ["AttentionMask", "RelativeBias", "hstu_attention"]
+
+IMPLEMENTATIONS = {"cpu": cpu.attention, "reference": reference.attention}
+
+
+def hstu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    *,
+    max_seq_len: int,
+    alpha: float | None = None,
+    scale: float | Tensor | None = None,
+    num_targets: Tensor | None = None,
+    mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
+    bias: RelativeBias | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Pointwise attention of HSTU (arXiv 2402.17152, section 3): SiLU in place of softmax, sequences jagged end to end.
+
+    Within each sequence `out_i = sum over visible j of scale_i * silu(alpha * <q_i, k_j> + bias_ij) v_j`.
+
+    Args:
+        q, k: `[T, H, Dqk]`, float32, bfloat16 or float16 (float64 for checking gradients); strided views are fine.
+        v: `[T, H, Dv]`, same dtype.
+        offsets: `[B + 1]`, int32 or int64, from 0 to T: sequence b is the events `offsets[b]` to `offsets[b + 1]`, maybe none.
+        max_seq_len: N, no sequence is longer; nothing of that size is padded or allocated.
+        alpha: factor of the scores; `1 / sqrt(Dqk)` unless given.
+        scale: factor of the attention weights, a number or one per query event `[T]`; `1 / max_seq_len` unless given.
+        num_targets: `[B]`, int32 or int64: how many events at the end of each sequence are candidates, which see the
+            history and themselves but not each other; none unless given.
+        mask: which keys a query sees; causal unless given.
+        bias: position and time bias added to the scores.
+        backend: "auto" chooses by device, "cpu" is the blocked implementation in plain torch, "reference" the definition.
+
+    Returns:
+        `[T, H, Dv]` in the dtype of v; differentiable in q, k, v, the weights of the bias, and scale if it is a tensor.
+
+    Raises:
+        ValueError: a shape, dtype, device or value breaks the rules above, or the backend is unknown.
+    """
+    check_attention(q, k, v, offsets, num_targets=num_targets, max_seq_len=max_seq_len)
+    if bias is not None:
+        check_bias(bias, q=q, max_seq_len=max_seq_len)
+    if isinstance(scale, Tensor):
+        check_scale(scale, q=q)
+    else:
+        value = 1.0 / max_seq_len if scale is None else scale
+        scale = torch.full((q.shape[0],), value, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    return _implementation(backend)(
+        q,
+        k,
+        v,
+        offsets,
+        max_seq_len=max_seq_len,
+        alpha=q.shape[2] ** -0.5 if alpha is None else alpha,
+        scale=scale,
+        num_targets=num_targets,
+        mask=mask,
+        bias=bias,
+    )
+
+
+def _implementation(backend: str) -> reference.Implementation:
+    if backend == "auto":
+        return cpu.attention
+    if backend not in IMPLEMENTATIONS:
+        raise ValueError(f"backend={backend!r}; choose one of {['auto', *sorted(IMPLEMENTATIONS)]}")
+    return IMPLEMENTATIONS[backend]

@@ -1,0 +1,97 @@
+"""What hstu_attention accepts. Shapes are checked by the public function, values by each implementation, because
+reading them would stop a device and cannot be traced by torch.compile."""
+
+# T = events of all sequences, B = sequences, H = heads, D = head width, N = max_seq_len
+
+import torch
+from torch import Tensor
+
+from .bias import RelativeBias
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_attention(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *, num_targets: Tensor | None, max_seq_len: int
+) -> None:
+    """Raise ValueError unless the tensors fit together: `[T, H, Dqk]` twice, `[T, H, Dv]`, `[B + 1]`, `[B]`."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] == 0:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it takes [events, heads, head width]")
+    if q.shape != k.shape:
+        raise ValueError(f"q has shape {tuple(q.shape)} but k {tuple(k.shape)}; they take the same")
+    if v.shape[:2] != q.shape[:2]:
+        raise ValueError(f"v has shape {tuple(v.shape)} but q {tuple(q.shape)}; events and heads take the same")
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one of {_names(DTYPES)}")
+    if max_seq_len < 1:
+        raise ValueError(f"max_seq_len={max_seq_len}; it is at least 1 and no less than the longest sequence")
+    if offsets.dim() == 1 and offsets.shape[0] == 0:
+        raise ValueError("offsets is empty; it starts with 0 and has one entry more than there are sequences")
+    _check_integers("offsets", offsets)
+    tensors = {"k": k, "v": v, "offsets": offsets}
+    if num_targets is not None:
+        _check_integers("num_targets", num_targets)
+        if num_targets.shape[0] != offsets.shape[0] - 1:
+            raise ValueError(f"num_targets has {num_targets.shape[0]} entries; it takes one per sequence, {offsets.shape[0] - 1}")
+        tensors["num_targets"] = num_targets
+    _check_devices(q, tensors)
+
+
+def check_scale(scale: Tensor, *, q: Tensor) -> None:
+    """Raise ValueError unless scale has one floating point number per event of q."""
+    if tuple(scale.shape) != (q.shape[0],) or not scale.dtype.is_floating_point:
+        raise ValueError(
+            f"scale is {scale.dtype} of shape {tuple(scale.shape)}; it takes a number, or a floating point tensor ({q.shape[0]},)"
+        )
+    _check_devices(q, {"scale": scale})
+
+
+def check_bias(bias: RelativeBias, *, q: Tensor, max_seq_len: int) -> None:
+    """Raise ValueError unless the bias has 2 N - 1 position weights and a time for every event of q."""
+    if bias.position_weight is not None and bias.position_weight.shape[0] != 2 * max_seq_len - 1:
+        raise ValueError(
+            f"position_weight has {bias.position_weight.shape[0]} entries; max_seq_len={max_seq_len} takes {2 * max_seq_len - 1}"
+        )
+    tensors = {}
+    for name in ("position_weight", "time_weight", "timestamps", "query_timestamps"):
+        x = getattr(bias, name)
+        if x is None:
+            continue
+        if name.endswith("timestamps") and x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} has {x.shape[0]} entries; it takes one per event, {q.shape[0]}")
+        tensors[name] = x
+    _check_devices(q, tensors)
+
+
+def check_values(
+    offsets: Tensor, num_targets: Tensor | None, *, num_events: int, max_seq_len: int
+) -> tuple[list[int], list[int]]:
+    """The offsets `[B + 1]` and numbers of targets `[B]` as lists; ValueError if they do not describe num_events events."""
+    bounds: list[int] = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != num_events:
+        raise ValueError(f"offsets run from {bounds[0]} to {bounds[-1]}; they run from 0 to the number of events, {num_events}")
+    lengths = [end - start for start, end in zip(bounds, bounds[1:])]  # noqa: B905 (pairs)
+    targets: list[int] = [0] * len(lengths) if num_targets is None else num_targets.tolist()
+    for b, (length, num) in enumerate(zip(lengths, targets, strict=True)):
+        if not 0 <= length <= max_seq_len:
+            remedy = "make offsets ascend" if length < 0 else "raise max_seq_len or shorten the sequence"
+            raise ValueError(f"sequence {b} has {length} events, outside 0..{max_seq_len}=max_seq_len; {remedy}")
+        if not 0 <= num <= length:
+            raise ValueError(f"num_targets[{b}]={num} is outside 0..{length}, the events of that sequence; correct num_targets")
+    return bounds, targets
+
+
+def _check_integers(name: str, x: Tensor) -> None:
+    if x.dim() != 1 or x.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}; it takes an int32 or int64 vector")
+
+
+def _check_devices(q: Tensor, tensors: dict[str, Tensor]) -> None:
+    for name, x in tensors.items():
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} but q on {q.device}; move it with .to({str(q.device)!r})")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,0 +1,109 @@
+"""The sequence encoder: a batch and its embeddings to one encoded vector per token."""
+
+# T = events of all samples, B = samples, C = contextual tokens per sample, S = T + B * C tokens of all sequences,
+# E = model width
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..data.batch import Batch
+from ..kernels import AttentionMask
+from .config import ModelConfig
+from .hstu import HSTUStack, Sequences
+from .inputs import ActionEncoder, ContentEncoder, ContextEncoder, Features, features_of
+from .layout import Layout
+from .positions import PositionEncoder, TimeEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A batch after the stack."""
+
+    tokens: Tensor
+    """[S, E]"""
+    content: Tensor
+    """[T, E], what each event shows, as it was before position, time and stack."""
+    layout: Layout
+
+    def last_tokens(self, count: int) -> Tensor:
+        """The last token of each of the first `count` samples, [count, E]; zeros where a sample has none."""
+        ends = self.layout.offsets[1 : count + 1]
+        is_empty = self.layout.offsets[:count] == ends
+        return self.tokens[(ends - 1).clamp(min=0)].masked_fill(is_empty[:, None], 0)
+
+
+class SequenceEncoder(nn.Module):
+    """Token encoders, position and time, dropout, and the HSTU stack.
+
+    With `context_sees_history` contextual tokens attend to the whole history (the paper's mask). That is for models
+    that predict targets only: where every position predicts, the history ahead would reach it through them, so there
+    they are the first tokens of a causal sequence.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        features: Features,
+        num_actions: int,
+        embedding_dim: int,
+        max_events: int,
+        context_sees_history: bool,
+    ) -> None:
+        super().__init__()
+        num_contextual = len(features_of(features, "user"))
+        max_seq_len = num_contextual + max_events
+        self.num_contextual = num_contextual
+        self.content = ContentEncoder(config, features=features, embedding_dim=embedding_dim)
+        self.action: ActionEncoder | None = None
+        if num_actions or features_of(features, "outcome"):
+            self.action = ActionEncoder(config, features=features, num_actions=num_actions, embedding_dim=embedding_dim)
+        self.context: ContextEncoder | None = None
+        if num_contextual:
+            self.context = ContextEncoder(config, features=features, embedding_dim=embedding_dim)
+        # Both published variants scale tokens so, but only where a position is added to them.
+        self.scale = 1.0 if config.position_encoding == "none" else config.width**0.5
+        self.position: PositionEncoder | None = None
+        if config.position_encoding != "none":
+            self.position = PositionEncoder(config.position_encoding, max_seq_len=max_seq_len, width=config.width)
+        self.time: TimeEncoder | None = None
+        if config.time_encoding != "none":
+            self.time = TimeEncoder(config.time_encoding, time_unit=config.time_unit, width=config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        mask = AttentionMask(num_contextual=num_contextual if context_sees_history else 0)
+        self.stack = HSTUStack(config, max_seq_len=max_seq_len, mask=mask)
+
+    def forward(self, batch: Batch, embeddings: dict[str, Tensor]) -> Encoded:
+        """Encode a batch; `embeddings`: "item" [T, D], and [B, D] for each `hash` feature."""
+        layout = Layout.of(batch, num_contextual=self.num_contextual)
+        content_TE = self.content(batch, embeddings["item"])
+        x_SE = self.event_tokens(batch, layout, content_TE)
+        if self.context is not None:
+            x_SE = layout.join(self.context_tokens(layout, self.context(batch, embeddings)), x_SE)
+        sequences = Sequences(
+            offsets=layout.offsets,
+            num_targets=layout.num_targets,
+            timestamps=layout.join_times(batch.timestamps),
+            query_timestamps=layout.join_times(batch.query_timestamps),
+        )
+        return Encoded(tokens=self.stack(self.dropout(x_SE), sequences), content=content_TE, layout=layout)
+
+    def event_tokens(self, batch: Batch, layout: Layout, content_TE: Tensor) -> Tensor:
+        """Tokens [T, E]: content, action, position and time of every event."""
+        x_TE = content_TE
+        if self.action is not None:
+            x_TE = x_TE + self.action(batch, layout.is_target)
+        x_TE = self.scale * x_TE
+        if self.position is not None:
+            x_TE = x_TE + self.position.events(layout)
+        if self.time is not None:
+            x_TE = x_TE + self.time(layout, batch.timestamps)
+        return x_TE
+
+    def context_tokens(self, layout: Layout, context_BCE: Tensor) -> Tensor:
+        """Tokens [B, C, E]: the user features' vectors, and their positions."""
+        context_BCE = self.scale * context_BCE
+        if self.position is not None:
+            context_BCE = context_BCE + self.position.context(layout)
+        return context_BCE

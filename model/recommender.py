@@ -1,0 +1,224 @@
+"""The two models a recipe can ask for, whole: batch and embeddings in, summed loss and outputs out.
+
+`RankingModel` predicts the actions on target events from the history before them, `NextItemModel` the item that
+follows every event. Both are an HSTU stack (arXiv 2402.17152) over one token per event. Neither knows of ranks or
+tables: embeddings arrive looked up, and the loss is the sum over this rank's labels.
+"""
+
+# T = events of all samples, B = samples, M = labelled predictions, C = candidates, E = model width,
+# D = embedding width, K = tasks
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batch import Batch
+from .config import ModelConfig, ObjectiveConfig
+from .encoder import SequenceEncoder
+from .heads import RankingHead, UserVectorHead
+from .inputs import Features
+from .losses import full_softmax, multi_task_bce, normalize, sampled_softmax
+
+Embeddings = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class RankingOutput:
+    """What a ranking step predicted; rows are the batch's targets, in order."""
+
+    logits: Tensor
+    """[M, K] float32, one column per task in the order of `objective.tasks`."""
+    labels: Tensor
+    """[M, K] float32, 1.0 where the action was taken."""
+    users: Tensor
+    """[M] int64, the user of each target."""
+
+
+@dataclass(frozen=True, slots=True)
+class NextItemOutput:
+    """What a next-item step encoded; rows are all positions in training, one per sample in evaluation."""
+
+    user_vectors: Tensor
+    """[M, D] float32 of length 1; zeros where an evaluated sample has nothing to encode."""
+    labels: Tensor
+    """[M] int64, the dense id of the item that followed."""
+    users: Tensor
+    """[M] int64, the user of each row."""
+
+
+class RankingModel(nn.Module):
+    """Logits of several binary tasks for every target event."""
+
+    task_bits: Tensor
+    task_weights: Tensor
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        objective: ObjectiveConfig,
+        *,
+        features: Features,
+        actions: tuple[str, ...],
+        embedding_dim: int,
+        max_events: int,
+    ) -> None:
+        super().__init__()
+        self.encoder = SequenceEncoder(
+            model,
+            features=features,
+            num_actions=len(actions),
+            embedding_dim=embedding_dim,
+            max_events=max_events,
+            context_sees_history=True,
+        )
+        self.head = RankingHead(
+            width=model.width,
+            hidden=objective.head_hidden,
+            num_tasks=len(objective.tasks),
+            norm_affine=model.norm_affine,
+        )
+        bits = [actions.index(task) for task in objective.tasks]
+        weights = objective.task_weights or (1.0,) * len(bits)
+        # Both follow from the configuration, so a checkpoint need not hold them.
+        self.register_buffer("task_bits", torch.tensor(bits), persistent=False)
+        self.register_buffer("task_weights", torch.tensor(weights), persistent=False)
+
+    def forward(self, batch: Batch, embeddings: Embeddings) -> tuple[Tensor, RankingOutput]:
+        """The loss, summed over this rank's targets, and the predictions it was made of.
+
+        `embeddings`: "item" [T, D], and [B, D] for each `hash` feature.
+        The loss is the mean over tasks of weight * BCE; without targets it is 0, with a graph through every parameter.
+        """
+        encoded = self.encoder(batch, embeddings)
+        targets_M = encoded.layout.target_events(batch.labels.numel())
+        logits_MK = self.head(encoded.tokens[encoded.layout.rows(targets_M)], encoded.content[targets_M])
+        labels_MK = (batch.labels[:, None] >> self.task_bits & 1).to(logits_MK.dtype)
+        loss = multi_task_bce(logits_MK, labels_MK, self.task_weights)
+        return loss, RankingOutput(logits=logits_MK, labels=labels_MK, users=batch.users)
+
+
+class NextItemModel(nn.Module):
+    """A vector per user whose cosine with an item's embedding ranks the catalogue."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        objective: ObjectiveConfig,
+        *,
+        features: Features,
+        actions: tuple[str, ...],
+        embedding_dim: int,
+        max_events: int,
+    ) -> None:
+        super().__init__()
+        self.temperature = objective.temperature
+        self.encoder = SequenceEncoder(
+            model,
+            features=features,
+            num_actions=len(actions),
+            embedding_dim=embedding_dim,
+            max_events=max_events,
+            context_sees_history=False,
+        )
+        self.head = UserVectorHead(width=model.width, embedding_dim=embedding_dim)
+
+    def forward(self, batch: Batch, embeddings: Embeddings) -> tuple[Tensor, NextItemOutput]:
+        """The loss, summed over this rank's labels, and the user vectors it was made of.
+
+        `embeddings`: "item" [T, D], [B, D] for each `hash` feature, and in training "candidate" [C, D] with, for the
+        sampled softmax, "positive" [M, D]; without "positive" the candidates are the catalogue, ids 1..C in order.
+        In evaluation mode (`model.eval()`) only the last position of each sample becomes a user vector, candidates
+        are not needed and the loss is 0.
+        """
+        encoded = self.encoder(batch, embeddings)
+        if self.training:
+            events_T = torch.arange(batch.labels.numel(), device=batch.labels.device)
+            users_MD = self.head(encoded.tokens[encoded.layout.rows(events_T)])
+            loss = self.loss(users_MD, batch, embeddings)
+        else:
+            users_MD = self.head(encoded.last_tokens(batch.labels.numel()))
+            loss = users_MD.new_zeros(())
+        return loss, NextItemOutput(user_vectors=users_MD, labels=batch.labels, users=batch.users)
+
+    def loss(self, users_MD: Tensor, batch: Batch, embeddings: Embeddings) -> Tensor:
+        """Sampled softmax where the batch brings positives, else full softmax; summed over labels (scalar)."""
+        candidates_CD = self.item_vectors(embeddings["candidate"])
+        if "positive" not in embeddings:
+            return full_softmax(users_MD, candidates_CD, batch.labels, temperature=self.temperature)
+        return sampled_softmax(
+            users_MD,
+            self.item_vectors(embeddings["positive"]),
+            candidates_CD,
+            labels_M=batch.labels,
+            candidate_ids_C=batch.ids.values()[-len(candidates_CD) :],  # candidates are the last key
+            temperature=self.temperature,
+        )
+
+    def item_vectors(self, item_embeddings: Tensor) -> Tensor:
+        """Rows of the item table [..., D] as the float32 vectors of length 1 that `score` compares."""
+        return normalize(item_embeddings)
+
+    def score(self, user_vectors: Tensor, item_vectors: Tensor) -> Tensor:
+        """Logits [M, items] of user vectors [M, D] against `item_vectors(...)` [items, D]: cosine over temperature."""
+        return user_vectors @ item_vectors.T / self.temperature
+
+
+MODELS: dict[str, type[RankingModel] | type[NextItemModel]] = {"ranking": RankingModel, "next_item": NextItemModel}
+
+
+def build_model(
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    *,
+    features: Features,
+    actions: tuple[str, ...],
+    embedding_dim: int,
+    max_history: int,
+    max_targets: int,
+) -> RankingModel | NextItemModel:
+    """The model of a recipe, initialised from torch's global generator: same seed, same parameters.
+
+    `actions` are the dataset's declared actions in bit order; `max_history` and `max_targets` bound the events of a
+    sample (next item: `max_targets` is 0). Raises ValueError for a task that is no action of the dataset, and for
+    settings that do not go together.
+    """
+    _check(model, objective, actions=actions, embedding_dim=embedding_dim)
+    return MODELS[objective.kind](
+        model,
+        objective,
+        features=features,
+        actions=actions,
+        embedding_dim=embedding_dim,
+        max_events=max_history + max_targets,
+    )
+
+
+def _check(model: ModelConfig, objective: ObjectiveConfig, *, actions: tuple[str, ...], embedding_dim: int) -> None:
+    for task in objective.tasks:
+        if task not in actions:
+            raise ValueError(
+                f"objective.tasks names {task!r}, which is no action of the dataset; choose from {list(actions)}, "
+                f"or prepare the log again with --action {task}"
+            )
+    if model.token_hidden is None and model.width != embedding_dim:
+        raise ValueError(
+            f"model.width={model.width} differs from embeddings.dim={embedding_dim}, and without model.token_hidden "
+            "embeddings are summed into tokens; make the two equal, or set model.token_hidden"
+        )
+    if objective.kind == "next_item":
+        _check_causal(model)
+
+
+def _check_causal(model: ModelConfig) -> None:
+    """Refuse what would tell a position of events that come after the item it predicts."""
+    if model.position_encoding == "from_end":
+        raise ValueError(
+            "model.position_encoding='from_end' counts the events ahead of a position, which "
+            "objective.kind='next_item' predicts; use 'from_start'"
+        )
+    if model.time_encoding != "none":
+        raise ValueError(
+            f"model.time_encoding={model.time_encoding!r} measures from the newest event, which "
+            "objective.kind='next_item' predicts; use 'none', and model.relative_bias='position_time' for time"
+        )

@@ -1,0 +1,140 @@
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from ultrarec.data.order import LoaderState, Order, StepSize, deal
+from ultrarec.data.samples import NextItemSampler, RankingSampler, RowCounts
+
+BY_ROWS = StepSize(rows=7, tokens=None)
+BY_TOKENS = StepSize(rows=None, tokens=40)
+
+
+def order(*, step_size=BY_ROWS, shuffle=True, seed=0, sampler=None, split="train", groups_per_window=3):
+    """60 rows in row groups of 1..9 rows; some rows and one row group have no events."""
+    random = np.random.default_rng(5)
+    num_events = random.integers(0, 12, 60).astype(np.int32)
+    num_train = random.binomial(num_events, 0.7).astype(np.int32)
+    group_begin = np.array([0, 9, 10, 18, 25, 30, 36, 41, 50, 55, 60])
+    num_events[10:18] = num_train[10:18] = 0
+    return Order(
+        counts=RowCounts(num_events, num_train, np.minimum(num_events - num_train, 1).astype(np.int32)),
+        group_begin=group_begin,
+        sampler=sampler or RankingSampler(5, 2),
+        split=split,
+        step_size=step_size,
+        shuffle=shuffle,
+        groups_per_window=groups_per_window,
+        seed=seed,
+    )
+
+
+def pairs(samples):
+    return list(zip(samples.rows.tolist(), samples.numbers.tolist(), strict=True))
+
+
+def sequence(order, epoch=0, consumed=0):
+    return [pair for step in order.steps(epoch, consumed) for pair in pairs(step.samples)]
+
+
+def every_sample(order):
+    num_samples = order.sampler.num_samples(order.counts, order.split)
+    return [(row, number) for row, many in enumerate(num_samples.tolist()) for number in range(many)]
+
+
+@pytest.mark.parametrize("step_size", [BY_ROWS, BY_TOKENS])
+@pytest.mark.parametrize("sampler", [RankingSampler(5, 2), NextItemSampler(5)])
+@pytest.mark.parametrize("groups_per_window", [1, 3, 99])
+def test_an_epoch_holds_each_sample_exactly_once(step_size, sampler, groups_per_window):
+    mixed = order(step_size=step_size, sampler=sampler, groups_per_window=groups_per_window)
+    assert Counter(sequence(mixed, epoch=2)) == Counter(every_sample(mixed))
+    assert mixed.num_samples == len(every_sample(mixed))
+
+
+def test_each_row_group_is_in_exactly_one_window():
+    windows = order().windows(epoch=4)
+    assert sorted(np.concatenate(windows).tolist()) == list(range(10))
+    assert max(map(len, windows)) == 3
+
+
+def test_the_same_seed_and_epoch_give_the_same_order_and_others_another():
+    first = sequence(order(seed=1), epoch=0)
+    assert sequence(order(seed=1), epoch=0) == first
+    assert sequence(order(seed=1), epoch=1) != first
+    assert sequence(order(seed=2), epoch=0) != first
+
+
+def test_samples_of_different_rows_are_mixed_inside_a_window():
+    rows = [row for row, _ in sequence(order(groups_per_window=99))]
+    assert sum(a == b for a, b in itertools.pairwise(rows)) < len(rows) / 4
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_without_shuffling_the_order_is_that_of_the_dataset(split):
+    plain = order(shuffle=False, split=split)
+    assert sequence(plain) == every_sample(plain)
+
+
+def test_a_step_has_as_many_samples_as_asked_for_and_the_last_the_rest():
+    sizes = [len(step.samples) for step in order().steps(0)]
+    assert set(sizes[:-1]) == {7}
+    assert 0 < sizes[-1] <= 7
+
+
+def test_a_step_holds_as_many_samples_as_its_tokens_allow():
+    by_tokens = order(step_size=BY_TOKENS)
+    lengths = [by_tokens.sampler.num_tokens(step.samples.slices) for step in by_tokens.steps(0)]
+    assert all(length.sum() <= 40 for length in lengths)
+    assert all(length.sum() + after[0] > 40 for length, after in itertools.pairwise(lengths))
+
+
+def test_a_sample_longer_than_the_tokens_of_a_step_is_a_step_of_its_own():
+    tiny = order(step_size=StepSize(rows=None, tokens=1))
+    assert {len(step.samples) for step in tiny.steps(0)} == {1}
+    assert Counter(sequence(tiny)) == Counter(every_sample(tiny))
+
+
+@pytest.mark.parametrize("step_size", [BY_ROWS, BY_TOKENS, StepSize(rows=1000, tokens=None)])
+def test_the_number_of_steps_is_known_beforehand(step_size):
+    assert order(step_size=step_size).num_steps(3) == len(list(order(step_size=step_size).steps(3)))
+
+
+@pytest.mark.parametrize("step_size", [BY_ROWS, BY_TOKENS])
+def test_resuming_after_any_step_gives_the_steps_that_were_left(step_size):
+    steps = list(order(step_size=step_size).steps(1))
+    for done, step in enumerate(steps[:-1], start=1):
+        left = list(order(step_size=step_size).steps(1, step.state.consumed))
+        assert [pairs(step.samples) for step in left] == [pairs(step.samples) for step in steps[done:]]
+        assert [step.first_sample for step in left] == [step.first_sample for step in steps[done:]]
+
+
+def test_resuming_with_steps_of_another_size_continues_the_same_sequence():
+    whole = sequence(order(), epoch=1)
+    assert sequence(order(step_size=BY_TOKENS), epoch=1, consumed=14) == whole[14:]
+
+
+def test_the_last_step_of_an_epoch_leads_to_the_next():
+    *_, last = order().steps(1)
+    assert last.state == LoaderState(epoch=2, consumed=0)
+    assert list(order().steps(1, order().num_samples)) == []
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_samples", [0, 1, 5, 8, 61])
+def test_ranks_are_dealt_equally_many_samples(world_size, num_samples):
+    ranks = deal(np.random.default_rng(0).integers(1, 200, num_samples), world_size)
+    sizes = np.bincount(ranks, minlength=world_size)
+    assert len(sizes) == world_size
+    assert sizes.max() - sizes.min() <= 1
+
+
+def test_ranks_are_dealt_about_equally_many_tokens():
+    num_tokens = np.random.default_rng(0).geometric(0.02, 512)
+    loads = np.bincount(deal(num_tokens, 8), num_tokens)
+    assert loads.max() / loads.mean() < 1.05
+    in_turn = np.bincount(np.arange(512) % 8, num_tokens)
+    assert loads.max() < in_turn.max()
+
+
+def test_a_state_survives_a_checkpoint():
+    assert LoaderState.from_dict(LoaderState(3, 41).to_dict()) == LoaderState(3, 41)

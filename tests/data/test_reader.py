@@ -1,0 +1,149 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ultrarec.data.config import FeatureConfig
+from ultrarec.data.errors import UserError
+from ultrarec.data.reader import Reader
+from ultrarec.data.schema import DatasetInfo
+from ultrarec.data.synthetic import random_histories, write_dataset
+
+FEATURES = {
+    "tab": FeatureConfig(kind="category", role="event", num_values=4),
+    "play_time": FeatureConfig(kind="bucket", role="outcome", num_values=8),
+    "age": FeatureConfig(kind="bucket", role="user", num_values=8),
+    "user_id": FeatureConfig(kind="hash", role="user", num_values=10**9),
+}
+
+
+@pytest.fixture(scope="module")
+def histories():
+    return random_histories(num_users=50, num_items=20, mean_events=4, seed=3)
+
+
+@pytest.fixture
+def info(histories, tmp_path):
+    return write_dataset(tmp_path / "dataset", histories, num_items=20, num_files=3, rows_per_group=6)
+
+
+def rewrite(info, change, file=0):
+    """Replace one history file by what `change` makes of it."""
+    path = info.history_paths[file]
+    pq.write_table(change(pq.read_table(path)), path, row_group_size=6)
+
+
+def tab_id(value):
+    return value + 1 if value < 4 else 0
+
+
+@pytest.mark.parametrize("groups", [[0], [4], [1, 2, 3], [0, 5, 8], list(range(9))])
+def test_any_row_groups_of_any_files_decode_to_the_rows_written(info, histories, groups):
+    reader = Reader(info, FEATURES)
+    read = reader.read(np.array(groups))
+    rows = [row for group in groups for row in range(reader.group_begin[group], reader.group_begin[group + 1])]
+    assert read.rows.tolist() == rows
+    for place, row in enumerate(rows):
+        written = histories.slice(row, 1).to_pylist()[0]
+        events = slice(read.offsets[place], read.offsets[place + 1])
+        for name in ("items", "timestamps", "actions"):
+            assert read.events[name][events].tolist() == written[name]
+        assert read.events["tab"][events].tolist() == [tab_id(value) for value in written["tab"]]
+        assert (read.events["play_time"][events] == 0).tolist() == [value is None for value in written["play_time"]]
+        assert (read.users["age"][place] == 0) == (written["age"] is None)
+
+
+def test_rows_and_row_groups_are_numbered_over_all_files(info, histories):
+    reader = Reader(info, {})
+    assert reader.file_begin.tolist() == [0, 16, 33, 50]
+    assert reader.group_begin.tolist() == [0, 6, 12, 16, 22, 28, 33, 39, 45, 50]
+    for name in ("num_events", "num_train", "num_validation"):
+        assert getattr(reader.counts, name).tolist() == histories[name].to_pylist()
+
+
+def test_only_the_columns_that_are_needed_are_read(info):
+    read = Reader(info, {"tab": FEATURES["tab"]}).read(np.array([0]))
+    assert sorted(read.events) == ["actions", "items", "tab", "timestamps"]
+    assert read.users == {}
+
+
+def test_large_integers_keep_their_value_beside_nulls(tmp_path, histories):
+    ids = pa.array([2**62 + 1, None, *range(48)], pa.int64())
+    table = histories.append_column("region", ids)
+    info = write_dataset(tmp_path / "dataset", table, num_items=20)
+    feature = FeatureConfig(kind="hash", role="user", num_values=10**15)
+    read = Reader(info, {"region": feature}).read(np.array([0]))
+    without_nulls = table.set_column(table.num_columns - 1, "region", pa.array([2**62 + 1] * 50))
+    expected = Reader(write_dataset(tmp_path / "other", without_nulls, num_items=20), {"region": feature})
+    assert read.users["region"][:2].tolist() == [expected.read(np.array([0])).users["region"][0], 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "feature", "message"),
+    [
+        ("taab", FEATURES["tab"], r"features\.taab: .* has no such column; choose one of \['user_id', 'age', 'tab', "),
+        ("items", FEATURES["tab"], r"features\.items: .* has no such column"),
+        ("age", FEATURES["tab"], r"role='event', but the column holds one value per user; set the role to 'user'"),
+        ("tab", FEATURES["age"], r"role='user', but the column holds one value per event; set .* 'event' or 'outcome'"),
+        (
+            "play_time",
+            FeatureConfig(kind="hash", role="event", num_values=9),
+            r"features\.play_time\.kind='hash' reads integers or booleans, but the column holds double; drop",
+        ),
+    ],
+)
+def test_a_feature_that_the_dataset_cannot_give_is_an_error_with_the_remedy(info, name, feature, message):
+    with pytest.raises(UserError, match=message):
+        Reader(info, {name: feature})
+
+
+def test_hashing_user_ids_needs_integers(tmp_path, histories):
+    names = pa.array([f"u{row}" for row in range(50)])
+    info = write_dataset(tmp_path / "dataset", histories.set_column(0, "user_id", names), num_items=20)
+    with pytest.raises(
+        UserError, match=r"features\.user_id\.kind='hash' reads integers .* but the column holds string"
+    ):
+        Reader(info, {"user_id": FEATURES["user_id"]})
+
+
+def test_a_missing_file_is_named(info):
+    info.history_paths[1].unlink()
+    with pytest.raises(UserError, match=r"part-00001\.parquet cannot be read .* prepare the dataset again"):
+        Reader(info, {})
+
+
+def test_a_damaged_file_is_named(info):
+    info.history_paths[1].write_bytes(b"PAR1 and then nothing of use PAR1")
+    with pytest.raises(UserError, match=r"part-00001\.parquet cannot be read"):
+        Reader(info, {})
+
+
+def test_a_file_with_other_rows_than_declared_is_an_error(info):
+    rewrite(info, lambda table: table.slice(1))
+    with pytest.raises(UserError, match=r"part-00000\.parquet has 15 rows, dataset\.json says 16"):
+        Reader(info, {})
+
+
+def test_a_file_without_a_built_in_column_is_an_error(info):
+    rewrite(info, lambda table: table.drop_columns("num_train"), file=2)
+    with pytest.raises(UserError, match=r"part-00002\.parquet has no column 'num_train'"):
+        Reader(info, {})
+
+
+def test_lists_that_disagree_with_the_number_of_events_are_an_error(info):
+    def shorten(table):
+        actions = pa.array([values[1:] for values in table["actions"].to_pylist()], pa.list_(pa.int64()))
+        return table.set_column(table.schema.get_field_index("actions"), "actions", actions)
+
+    rewrite(info, shorten)
+    with pytest.raises(UserError, match=r"values in 'actions' but \d+ events in num_events; prepare the dataset again"):
+        Reader(info, {}).read(np.array([0]))
+
+
+def test_a_dataset_without_files_has_no_rows(info):
+    raw = json.loads((info.root / "dataset.json").read_text())
+    (info.root / "dataset.json").write_text(json.dumps({**raw, "files": []}))
+    reader = Reader(DatasetInfo.load(info.root), {})
+    assert len(reader.counts.num_events) == 0
+    assert reader.group_begin.tolist() == [0]

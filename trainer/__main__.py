@@ -1,0 +1,56 @@
+"""What every launched process runs: `torchrun --nproc-per-node P -m ultrarec.trainer RECIPE|FILE.toml --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..data.errors import UserError
+from .config import load_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `ultrarec train`."""
+    parser.add_argument("recipe", metavar="RECIPE|FILE.toml", help="name of a recipe, or path of a TOML file")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/ and the recipe's name)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one setting; may be repeated"
+    )
+    parser.add_argument("--fresh", action="store_true", help="refuse to continue a run that the folder already holds")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; returns the exit code."""
+    config = load_config(args.recipe, args.set)
+    out = args.out or Path("runs") / Path(args.recipe).stem
+    # Heavy imports wait until the configuration is known to be good.
+    from .loop import train
+    from .parallel import join
+    from .run import open_run
+    from .summary import summary
+
+    with join(config.trainer) as world:
+        with open_run(config, out, world, fresh=args.fresh) as opened:
+            train(opened)
+        if world.is_main:
+            print(summary(out), flush=True)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, train, and turn a user's error into one message and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m ultrarec.trainer", description=__doc__)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # every rank finds the same fault; one says so
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

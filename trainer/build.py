@@ -1,0 +1,130 @@
+"""From a configuration to the parts of a run; the only place that knows every folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from ..data.batch import Batch
+from ..data.errors import UserError
+from ..data.loader import Loader, LoaderState
+from ..data.samples import Candidates, NextItemSampler, RankingSampler
+from ..data.schema import DatasetInfo
+from ..embeddings.lookup import Lookup, init_tables
+from ..embeddings.plan import describe_plan, make_plan
+from ..embeddings.tables import build_tables
+from ..model.recommender import NextItemModel, NextItemOutput, RankingModel, RankingOutput, build_model
+from .config import Config
+from .parallel import World
+
+
+class Recommender(nn.Module):
+    """Lookup and model; kept to two calls, which the training pipeline traces to find the lookup's input."""
+
+    def __init__(self, lookup: Lookup, model: RankingModel | NextItemModel) -> None:
+        super().__init__()
+        self.lookup = lookup
+        self.model = model
+
+    def forward(self, batch: Batch) -> tuple[Tensor, RankingOutput | NextItemOutput]:
+        """Summed loss over this rank's labels, and what it was made of."""
+        return self.model(batch, self.lookup(batch.ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """A recommender whose tables are spread over the ranks."""
+
+    parallel: DistributedModelParallel
+    recommender: Recommender
+    plan: str
+
+
+def candidates_of(config: Config, info: DatasetInfo) -> Candidates | None:
+    """What the next-item loss compares the next item with; None for ranking."""
+    objective = config.objective
+    if objective.kind == "ranking":
+        return None
+    small = info.num_items <= objective.full_softmax_items
+    full = objective.loss == "full_softmax" or (objective.loss == "auto" and small)
+    return Candidates(
+        kind="catalogue" if full else "sampled", num_items=info.num_items, num_negatives=objective.num_negatives
+    )
+
+
+def build_loader(
+    config: Config, info: DatasetInfo, world: World, *, split: str, state: LoaderState | None = None
+) -> Loader:
+    """Batches of one split for this rank: shuffled epochs of the training split, one ordered pass of the others."""
+    data = config.data
+    sampler = (
+        RankingSampler(data.max_history, data.targets_per_sample)
+        if config.objective.kind == "ranking"
+        else NextItemSampler(data.max_history)
+    )
+    return Loader(
+        data,
+        sampler,
+        split=split,
+        rank=world.rank,
+        world_size=world.size,
+        epochs=config.trainer.epochs if split == "train" else 1,
+        state=state or LoaderState(),
+        pin_memory=world.device.type == "cuda",
+        candidates=candidates_of(config, info),
+    )
+
+
+def build_recommender(config: Config, info: DatasetInfo) -> Recommender:
+    """The whole model with tables on the meta device, its dense weights drawn from `trainer.seed`."""
+    features = config.data.features
+    candidates = candidates_of(config, info)
+    item_keys = ("item",)
+    if candidates is not None:
+        item_keys += ("positive", "candidate") if candidates.kind == "sampled" else ("candidate",)
+    torch.manual_seed(config.trainer.seed)
+    try:
+        model = build_model(
+            config.model,
+            config.objective,
+            features=dict(features),
+            actions=info.roles.actions,
+            embedding_dim=config.embeddings.dim,
+            max_history=config.data.max_history,
+            max_targets=config.data.targets_per_sample if config.objective.kind == "ranking" else 0,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    tables = build_tables(config.embeddings, num_items=info.num_items, features=features, item_keys=item_keys)
+    return Recommender(Lookup(tables, dim=config.embeddings.dim), model)
+
+
+def shard(recommender: Recommender, config: Config, world: World) -> Sharded:
+    """Spread the tables over the ranks, replicate the rest, and give the tables their initial rows."""
+    if config.embeddings.optimizer.kind == "adam" and world.device.type == "cpu":
+        raise UserError(
+            "embeddings.optimizer.kind='adam' needs CUDA: fbgemm's CPU tables have no fused Adam; use 'rowwise_adagrad' on the CPU"
+        )
+    plan, sharder = make_plan(recommender, config.embeddings, device=world.device)
+    parallel = DistributedModelParallel(recommender, device=world.device, plan=plan, sharders=[sharder])
+    init_tables(parallel, std=config.embeddings.init_std, seed=config.trainer.seed)
+    # Ranks drop out different units; initial weights came from the common seed.
+    torch.manual_seed(config.trainer.seed * 65_537 + world.rank + 1)
+    return Sharded(parallel, recommender, describe_plan(plan, config.embeddings))
+
+
+def load_dataset(config: Config) -> DatasetInfo:
+    """What `ultrarec prepare` wrote, checked against what the recipe asks of it."""
+    info = DatasetInfo.load(Path(config.data.path))
+    if info.counts.train_events == 0:
+        raise UserError(f"{config.data.path} has no training events; prepare it with another split")
+    if config.trainer.evaluate_every is not None and info.counts.validation_events == 0:
+        raise UserError(
+            f"trainer.evaluate_every={config.trainer.evaluate_every}, but {config.data.path} has no validation events; "
+            "prepare it with --leave-last or --validation-time, or remove the setting"
+        )
+    return info

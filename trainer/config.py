@@ -1,0 +1,222 @@
+"""The configuration tree: one TOML file, one validated value. Reading it needs no torch."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..data.config import DataConfig
+from ..data.errors import UserError
+from ..embeddings.config import EmbeddingsConfig
+from ..model.config import ModelConfig, ObjectiveConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Section(BaseModel):
+    """A frozen section that knows all its names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class OptimizerConfig(Section):
+    """The `optimizer` section: AdamW for the dense weights, and the schedule that dense and sparse rates share."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm of the dense gradients of a step; embedding gradients are applied inside the tables' backward and are not clipped."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which every learning rate rises linearly from 0."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Course from the end of the warm-up to the last step."""
+    final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Learning rate at the last step over the highest one; for `linear` and `cosine`."""
+
+
+class TrainerConfig(Section):
+    """The `trainer` section."""
+
+    epochs: int | None = Field(default=None, gt=0)
+    max_steps: int | None = Field(default=None, gt=0)
+    accumulate: int = Field(default=1, gt=0)
+    """Loader batches per update of the dense weights; tables are updated in every backward pass."""
+    log_every: int = Field(default=50, gt=0)
+    """Steps between lines of metrics."""
+    evaluate_every: int | None = Field(default=None, gt=0)
+    """Steps between passes over the validation split; default: at the end only."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` runs the dense forward pass under autocast; weights, norms and losses stay fp32."""
+    seed: int = 0
+    """Seed of initial weights and dropout."""
+    timeout_seconds: int = Field(default=600, gt=0)
+    """How long a rank waits for the others before it gives up."""
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> TrainerConfig:
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("neither trainer.epochs nor trainer.max_steps is set; training needs an end: set one")
+        return self
+
+
+class CheckpointConfig(Section):
+    """The `checkpoint` section."""
+
+    every: int | None = Field(default=None, gt=0)
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = Field(default=2, gt=0)
+    """Newest complete checkpoints that are kept."""
+
+
+class LaunchConfig(Section):
+    """The `launch` section: what one run asks of a cluster. Flags of `ultrarec launch` override it."""
+
+    nodes: int = Field(default=1, gt=0)
+    procs_per_node: int = Field(default=1, gt=0)
+    gpus_per_node: int = Field(default=0, ge=0)
+    cpus_per_node: int = Field(default=2, gt=0)
+    memory_gib_per_node: int = Field(default=8, gt=0)
+    image: str = "ultrarec:latest"
+    """Container image, for schedulers that run one."""
+    max_retries: int = Field(default=3, ge=0)
+    """Restarts after a failure; each continues from the newest complete checkpoint."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    data: DataConfig
+    embeddings: EmbeddingsConfig
+    model: ModelConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    trainer: TrainerConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    def to_toml(self) -> str:
+        """This configuration as a TOML text that `load_config` reads back to an equal value."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    def training_hash(self) -> str:
+        """Identity of what a checkpoint belongs to: model, tables, objective, and the order of the data."""
+        identity = self.model_dump(mode="json", include={"data", "embeddings", "model", "objective"})
+        for name in ("path", "evaluate_rows", "prefetch", "audit"):
+            del identity["data"][name]
+        for name in ("sharding", "hbm_gib"):
+            del identity["embeddings"][name]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """The validated configuration of a recipe name or of a TOML file.
+
+    Args:
+        recipe: name of a recipe, or path of a file that ends in `.toml`.
+        overrides: `section.field=value` strings with TOML values; a bare word is taken as a string.
+
+    Raises:
+        UserError: nothing is found under that name, the TOML does not parse, or a value breaks a rule.
+    """
+    path = Path(recipe) if recipe.endswith(".toml") else _recipe_path(recipe)
+    tree = _parse(_read(path), source=str(path))
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _recipe_path(name: str) -> Path:
+    known = list_recipes()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UserError(
+            f"no recipe {name!r}; {hint}recipes: {', '.join(known)}; a file of your own must end in .toml"
+        )
+    return RECIPES / f"{name}.toml"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}; check the path") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); a configuration is TOML") from None
+
+
+def _parse(text: str, *, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{source} is not valid TOML: {error}") from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    """Set one `section.field=value` in the tree, in place."""
+    name, separator, text = override.partition("=")
+    parts = name.strip().split(".")
+    if not separator or len(parts) < 2 or not all(parts):
+        raise UserError(f"--set {override!r}: expected section.field=value, e.g. --set trainer.max_steps=100")
+    section = tree
+    for part in parts[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise UserError(f"--set {override!r}: {part!r} is a value, not a section")
+    section[parts[-1]] = _toml_value(text.strip())
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        # A shell eats quotes; names such as full_softmax or a path need none here.
+        return text
+
+
+def _explain(problem: Any) -> str:
+    """One line for one pydantic problem: place, rule, value."""
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{place} is no known setting; {_known_names(problem['loc'])}"
+    if problem["type"] == "missing":
+        return f"{place} is missing; set it"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return message
+    return f"{place}={problem['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _known_names(place: tuple[Any, ...]) -> str:
+    """What could have stood at a place where an unknown name was found."""
+    model: Any = Config
+    for part in place[:-1]:
+        field = getattr(model, "model_fields", {}).get(part)
+        model = field.annotation if field is not None else None
+    names = sorted(getattr(model, "model_fields", {}))
+    close = difflib.get_close_matches(str(place[-1]), names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(names)}" if names else "remove it"

@@ -1,0 +1,143 @@
+"""One pass over a held-out split, on all ranks together."""
+
+# M = predictions, D = embedding width, C = items of a chunk of the catalogue
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from tqdm import tqdm
+
+from ..data.batch import Batch
+from ..data.loader import Loader
+from ..data.schema import DatasetInfo
+from ..model.recommender import NextItemOutput, RankingOutput
+from .build import Recommender, build_loader
+from .config import Config
+from .metrics import next_item_metrics, ranking_metrics
+from .parallel import World, gather_rows, sum_over_ranks
+
+CATALOGUE_CHUNK = 16_384
+"""Items scored at a time: [users, chunk] scores are the largest tensor of a next-item evaluation."""
+USER_CHUNK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluator:
+    """What evaluating needs of a run."""
+
+    config: Config
+    info: DatasetInfo
+    world: World
+    parallel: DistributedModelParallel
+
+    def __call__(self, split: str) -> dict[str, float]:
+        """The metrics of a split, equal on every rank."""
+        training = self.parallel.training
+        self.parallel.eval()
+        try:
+            with torch.no_grad():
+                return self._evaluate_next_item(split) if self._is_next_item else self._evaluate_ranking(split)
+        finally:
+            self.parallel.train(training)
+
+    @property
+    def _is_next_item(self) -> bool:
+        return self.config.objective.kind == "next_item"
+
+    def _batches(self, split: str) -> Iterator[Batch]:
+        loader = build_loader(self.config, self.info, self.world, split=split)
+        hidden = not self.world.is_main
+        for batch in tqdm(loader, total=len_of(loader), desc=split, unit="batch", leave=False, disable=hidden or None):
+            yield batch.to(self.world.device, non_blocking=True)
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, RankingOutput | NextItemOutput]:
+        bf16 = self.config.trainer.precision == "bf16"
+        with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16):
+            return self.parallel(batch)
+
+    def _evaluate_ranking(self, split: str) -> dict[str, float]:
+        loss, outputs = torch.zeros((), dtype=torch.float64, device=self.world.device), []
+        for batch in self._batches(split):
+            loss_sum, output = self._forward(batch)
+            loss += loss_sum.double()
+            outputs.append(output)
+        logits, labels, users = (
+            gather_rows(torch.cat([getattr(output, name) for output in outputs])) for name in ("logits", "labels", "users")
+        )
+        mean_loss = float(sum_over_ranks(loss)) / len(labels)
+        return {"loss": mean_loss, **ranking_metrics(logits, labels, users, self.config.objective.tasks)}
+
+    def _evaluate_next_item(self, split: str) -> dict[str, float]:
+        users, targets, seen = [], [], []
+        for batch in self._batches(split):
+            _, output = self._forward(batch)
+            real = batch.labels.numel()  # a padding batch has a sample, but no label
+            users.append(output.user_vectors[:real])
+            targets.append(batch.labels)
+            seen += split_inputs(batch)[:real]
+        ranks = self._ranks(torch.cat(users), torch.cat(targets), seen)
+        return next_item_metrics(gather_rows(ranks))
+
+    def _ranks(self, users_MD: Tensor, targets_M: Tensor, seen: list[Tensor]) -> Tensor:
+        """Rank of each target among all items that the user's input does not hold, [M] from 1; ties count against it."""
+        # Two passes: a target's own score is known only once its chunk has passed.
+        target_scores = torch.full_like(users_MD[:, 0], float("inf"))
+        for first, items_CD in self._catalogue():
+            for rows, scores in self._scores(users_MD, items_CD):
+                column = targets_M[rows] - first
+                inside = (column >= 0) & (column < len(items_CD))
+                own = scores.gather(1, column.clamp(0, len(items_CD) - 1)[:, None])[:, 0]
+                target_scores[rows] = torch.where(inside, own, target_scores[rows])
+        ranks = torch.ones_like(targets_M)
+        for first, items_CD in self._catalogue():
+            for rows, scores in self._scores(users_MD, items_CD):
+                excluded = torch.cat([targets_M[rows, None].cpu(), _padded(seen[rows.start : rows.stop])], dim=1) - first
+                _drop(scores, excluded.to(scores.device))
+                ranks[rows] += (scores >= target_scores[rows, None]).sum(1)
+        # An item outside the vocabulary cannot be recommended: it ranks behind all of it.
+        return torch.where(targets_M > 0, ranks, self.info.num_items + 1)
+
+    def _scores(self, users_MD: Tensor, items_CD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        model = self.parallel.module.model
+        for start in range(0, len(users_MD), USER_CHUNK):
+            rows = slice(start, min(start + USER_CHUNK, len(users_MD)))
+            yield rows, model.score(users_MD[rows], items_CD)
+
+    def _catalogue(self) -> Iterator[tuple[int, Tensor]]:
+        """The normalised vectors of all items in chunks, each with its first id; every rank looks up every chunk."""
+        recommender: Recommender = self.parallel.module
+        for first in range(1, self.info.num_items + 1, CATALOGUE_CHUNK):
+            ids = torch.arange(first, min(first + CATALOGUE_CHUNK, self.info.num_items + 1), device=self.world.device)
+            lengths = [len(ids) if key == "candidate" else 0 for key in recommender.lookup.keys]
+            request = KeyedJaggedTensor(
+                keys=recommender.lookup.keys, values=ids, lengths=torch.tensor(lengths, device=self.world.device)
+            )
+            yield first, recommender.model.item_vectors(recommender.lookup(request)["candidate"])
+
+
+def len_of(loader: Loader) -> int:
+    """Steps of a loader's single pass."""
+    return loader.steps_per_epoch(0)
+
+
+def split_inputs(batch: Batch) -> list[Tensor]:
+    """The item ids of each sample's input."""
+    return list(batch.ids["item"].values().cpu().split(batch.offsets.diff().tolist()))
+
+
+def _padded(ids: list[Tensor]) -> Tensor:
+    """Rows of ids of unequal length as one matrix, filled up with 0, the unknown item, which no one recommends."""
+    return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+
+
+def _drop(scores: Tensor, columns: Tensor) -> None:
+    """Set scores[i, columns[i, k]] to -inf, in place; columns outside of it belong to other chunks."""
+    inside = (columns >= 0) & (columns < scores.size(1))
+    row, place = inside.nonzero(as_tuple=True)
+    scores[row, columns[row, place]] = -torch.inf

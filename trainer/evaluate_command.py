@@ -1,0 +1,89 @@
+"""`ultrarec evaluate`: the held-out metrics of a checkpoint of a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..data.errors import UserError
+from .config import Config, load_config
+from .manifest import checkpoint_folder, complete_checkpoints, step_of
+
+LOWER_IS_BETTER = "ne/"
+HIGHER_IS_BETTER = "ndcg@10"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `ultrarec evaluate`."""
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder written by `ultrarec train`")
+    parser.add_argument(
+        "--checkpoint",
+        default="latest",
+        metavar="STEP|latest|best",
+        help="which checkpoint; best: by validation NE (mean of tasks) or NDCG@10 (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate every held-out split of the run's dataset and print the metrics; returns the exit code."""
+    config = _config_of(args.run_dir)
+    folder = find_checkpoint(args.run_dir, args.checkpoint)
+    from . import checkpoint
+    from .build import build_recommender, load_dataset, shard
+    from .evaluate import Evaluator
+    from .parallel import join
+    from .summary import describe
+
+    info = load_dataset(config)
+    splits = {"validation": info.counts.validation_events, "test": info.counts.test_events}
+    if not any(splits.values()):
+        raise UserError(f"{config.data.path} holds nothing out; prepare it with --leave-last or --split-time to evaluate")
+    with join(config.trainer) as world:
+        sharded = shard(build_recommender(config, info), config, world)
+        manifest = checkpoint.load_weights(sharded.parallel, folder, world=world)
+        evaluator = Evaluator(config, info, world, sharded.parallel)
+        for split in (name for name, events in splits.items() if events):
+            metrics = {"step": manifest.step, **evaluator(split)}
+            if world.is_main:
+                print(f"{describe(split, metrics)}\n", flush=True)
+    return 0
+
+
+def _config_of(run_dir: Path) -> Config:
+    path = run_dir / "config.toml"
+    if not path.is_file():
+        raise UserError(f"{run_dir} is no run folder: it has no config.toml; give the --out of `ultrarec train`")
+    return load_config(str(path))
+
+
+def find_checkpoint(run_dir: Path, choice: str) -> Path:
+    """The complete checkpoint that `STEP`, `latest` or `best` names."""
+    complete = complete_checkpoints(run_dir)
+    steps = [step_of(folder) for folder in complete]
+    if not complete:
+        raise UserError(f"{run_dir} holds no complete checkpoint")
+    if choice == "latest":
+        return complete[-1]
+    if choice == "best":
+        return checkpoint_folder(run_dir, _best_step(run_dir, steps))
+    if not choice.isdigit() or int(choice) not in steps:
+        raise UserError(f"--checkpoint {choice}: expected latest, best or one of the steps {steps}")
+    return checkpoint_folder(run_dir, int(choice))
+
+
+def _best_step(run_dir: Path, steps: list[int | None]) -> int:
+    from .report import METRICS_FILE, read_lines
+
+    lines = read_lines(run_dir / METRICS_FILE)
+    scores = {line["step"]: _score(line) for line in lines if line["split"] == "validation" and line["step"] in steps}
+    if not scores:
+        raise UserError(f"no checkpoint of {run_dir} has a validation line in metrics.jsonl; use latest or a step of {steps}")
+    return max(scores, key=lambda step: scores[step])
+
+
+def _score(line: dict[str, float]) -> float:
+    """A validation line as one number, higher is better."""
+    if HIGHER_IS_BETTER in line:
+        return line[HIGHER_IS_BETTER]
+    entropies = [value for key, value in line.items() if key.startswith(LOWER_IS_BETTER)]
+    return -sum(entropies) / len(entropies)

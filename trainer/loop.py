@@ -1,0 +1,141 @@
+"""The training loop: read this first."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from ..data.batch import Batch
+from ..data.loader import Loader
+from . import checkpoint
+from .checkpoint import Trainable
+from .config import Config
+from .evaluate import Evaluator
+from .manifest import MANIFEST, checkpoint_folder
+from .parallel import World, on_main, sum_over_ranks
+from .report import METRICS_FILE, Audit, Reporter, read_lines
+from .state import TrainState, Window
+from .step import Step, Trained, train_step
+
+
+@dataclass
+class Run:
+    """One run on one rank: its parts, and how far it is."""
+
+    config: Config
+    world: World
+    out: Path
+    trainable: Trainable
+    pipeline: TrainPipelineSparseDist[Batch, Trained]
+    loader: Loader
+    evaluator: Evaluator
+    total_steps: int
+    reporter: Reporter
+    audit: Audit | None
+    clock: float
+    """When the time that throughput is measured over began."""
+
+    @property
+    def state(self) -> TrainState:
+        """Progress of the run."""
+        return self.trainable.state
+
+
+def train(run: Run) -> None:
+    """Train to the last step, then evaluate and save; of a finished run, do what is missing."""
+    config, batches = run.config, iter(run.loader)
+    while run.state.step < run.total_steps and (step := train_step(run, batches)):
+        record(run, step)
+        if every(config.trainer.log_every, run.state.step) or run.state.step == run.total_steps:
+            log(run, step)
+        if every(config.trainer.evaluate_every, run.state.step):
+            evaluate(run, "validation")
+        if every(config.checkpoint.every, run.state.step) and run.state.step < run.total_steps:
+            save(run)
+    finish(run)
+
+
+def every(period: int | None, step: int) -> bool:
+    """Whether something that happens every `period` steps happens at this one."""
+    return period is not None and step % period == 0
+
+
+def record(run: Run, step: Step) -> None:
+    """Count a finished step."""
+    state = run.state
+    state.step += 1
+    state.batches += len(step.trained)
+    state.loader = step.trained[-1].batch.state
+    for trained in step.trained:
+        batch = trained.batch
+        state.window.add(
+            loss_sum=trained.loss_sum,
+            labels=batch.labels.numel(),
+            samples=len(batch.samples),
+            tokens=batch.timestamps.numel(),
+        )
+    if run.audit is not None:
+        samples = [trained.batch.samples for trained in step.trained]
+        run.audit.write(step=state.step, epoch=step.epoch, samples=samples)
+    run.reporter.advance()
+
+
+def log(run: Run, step: Step) -> None:
+    """Write a line about the steps since the last one, over all ranks."""
+    loss_sum, labels, samples, tokens = sum_over_ranks(run.state.window.totals()).tolist()
+    seconds = time.monotonic() - run.clock
+    run.reporter.write(
+        {
+            "step": run.state.step,
+            "epoch": step.epoch,
+            "split": "train",
+            "loss": loss_sum / max(labels, 1),
+            "lr": step.lr,
+            "grad_norm": float(step.gradient_norm),
+            "tokens_per_second": tokens / seconds,
+            "samples_per_second": samples / seconds,
+        }
+    )
+    run.state.window = Window()
+    run.clock = time.monotonic()
+
+
+def evaluate(run: Run, split: str) -> None:
+    """Write a line about a held-out split."""
+    start = time.monotonic()
+    # The pipeline's rewritten model expects ids that are already exchanged; evaluation runs the plain one.
+    run.pipeline.detach()
+    metrics = run.evaluator(split)
+    run.reporter.write({"step": run.state.step, "epoch": run.state.loader.epoch, "split": split, **metrics})
+    run.clock += time.monotonic() - start
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint; every line of metrics and audit up to its step is on disk before it counts as complete."""
+    start = time.monotonic()
+    run.reporter.sync()
+    if run.audit is not None:
+        run.audit.sync()
+    checkpoint.save(
+        run.trainable,
+        run.out,
+        world=run.world,
+        config_hash=run.config.training_hash(),
+        keep_last=run.config.checkpoint.keep_last,
+    )
+    run.clock += time.monotonic() - start
+
+
+def finish(run: Run) -> None:
+    """Evaluate what the dataset holds out and save the last step, as far as an earlier process has not done so."""
+    step = run.state.step
+    done = on_main(run.world, lambda: {line["split"] for line in read_lines(run.out / METRICS_FILE) if line["step"] == step})
+    counts = run.evaluator.info.counts
+    for split, events in (("validation", counts.validation_events), ("test", counts.test_events)):
+        if events and split not in done:
+            evaluate(run, split)
+    if not on_main(run.world, (checkpoint_folder(run.out, step) / MANIFEST).is_file):
+        save(run)

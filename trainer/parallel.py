@@ -1,0 +1,104 @@
+"""Who runs this job: the process group a launcher prepared, or a group of one."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..data.errors import UserError
+from .config import TrainerConfig
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among all of a job's."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what the job writes once."""
+        return self.rank == 0
+
+
+@contextmanager
+def join(config: TrainerConfig) -> Iterator[World]:
+    """Join the process group that the environment describes (torchrun sets it), and leave it at the end."""
+    device = _device(config.device)
+    # Metrics and objects travel over gloo also when tensors travel over NCCL.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=config.timeout_seconds)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("trainer.device='cuda', but torch finds no CUDA device; use 'auto' or 'cpu', or run `ultrarec doctor`")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The elementwise sum over all ranks, float64, on the CPU."""
+    total = values.detach().to("cpu", torch.float64)
+    dist.all_reduce(total)
+    return total
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of every rank, [rows of rank 0, rows of rank 1, ...], on the CPU of every rank; ranks may differ in rows."""
+    rows = rows.detach().cpu().contiguous()
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([rows.size(0)]))
+    longest = int(max(counts))
+    # gloo's all_gather wants equal shapes.
+    padded = rows.new_zeros(longest, *rows.shape[1:])
+    padded[: rows.size(0)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One picklable value from every rank, in rank order, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_main(world: World, compute: Callable[[], Value]) -> Value:
+    """What rank 0 computes, on every rank; a UserError of rank 0 is raised on every rank."""
+    box: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            box = [compute(), None]
+        except UserError as error:
+            box = [None, error]
+    dist.broadcast_object_list(box, src=0)
+    value, error = box
+    if error is not None:
+        raise error
+    return value

@@ -1,0 +1,140 @@
+"""What a run says: metrics.jsonl, TensorBoard, progress on rank 0, and the audit of consumed rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite a file of JSON lines with those to keep, atomically; a last line cut off by a kill goes too."""
+    if not path.exists():
+        return
+    temporary = path.with_suffix(".tmp")
+    with path.open(encoding="utf-8") as source, temporary.open("w", encoding="utf-8") as target:
+        for line in source:
+            if line.endswith("\n") and keep(json.loads(line)):
+                target.write(line)
+        target.flush()
+        os.fsync(target.fileno())
+    temporary.replace(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The values of a file of JSON lines; none when there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def forget_after(out: Path, step: int) -> None:
+    """Drop the lines of metrics and of every rank's audit behind `step`: the run writes them again from there."""
+    for path in [out / METRICS_FILE, *out.glob("audit/rank-*.jsonl")]:
+        keep_lines(path, lambda line: line["step"] <= step)
+
+
+class Reporter:
+    """Writes what happens to the run folder, and shows it; every rank has one, but only rank 0's speaks."""
+
+    def __init__(self, out: Path, *, is_main: bool, step: int, total_steps: int) -> None:
+        self._metrics = None
+        self._total_steps = total_steps
+        if not is_main:
+            return
+        self._metrics = (out / METRICS_FILE).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not sys.stderr.isatty())
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Record one line of metrics, whose `step`, `epoch` and `split` say what it is about."""
+        if self._metrics is None:
+            return
+        line = {**values, "time": round(time.time(), 3)}
+        # JSON knows no NaN; a metric without a value (AUC of equal labels) is null.
+        line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        for key, value in values.items():
+            if isinstance(value, float):
+                self._board.add_scalar(f"{values['split']}/{key}", value, values["step"])
+        self.say(self._headline(values))
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self._metrics is not None:
+            self._bar.update()
+
+    def say(self, text: str) -> None:
+        """Show a line of text to whoever watches rank 0."""
+        if self._metrics is not None:
+            self._bar.write(text, file=sys.stderr)
+            sys.stderr.flush()
+
+    def sync(self) -> None:
+        """Make every line written so far survive the machine, before a checkpoint claims its step."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
+
+    def close(self) -> None:
+        """Flush and close every file."""
+        if self._metrics is not None:
+            self._bar.close()
+            self._board.close()
+            self._metrics.close()
+
+    def _headline(self, values: Mapping[str, Any]) -> str:
+        shown = " ".join(
+            f"{key} {value:,.0f}" if value >= 1000 else f"{key} {value:.4g}"
+            for key, value in values.items()
+            if key not in ("step", "epoch", "split")
+        )
+        return f"step {values['step']}/{self._total_steps} epoch {values['epoch']} {values['split']}: {shown}"
+
+
+class Audit:
+    """Which rows each finished step consumed on this rank: `OUT/audit/rank-R.jsonl`."""
+
+    def __init__(self, out: Path, *, rank: int) -> None:
+        path = out / "audit" / f"rank-{rank}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, *, step: int, epoch: int, samples: list[Tensor]) -> None:
+        """Record the (file, row, sample) triples of a step."""
+        rows = [row for part in samples for row in part.tolist()]
+        self._file.write(json.dumps({"step": step, "epoch": epoch, "rows": rows}) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make every line written so far survive the machine."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def table(rows: list[Mapping[str, Any]], *, columns: list[str]) -> str:
+    """Aligned text of the given columns; values missing from a row stay blank."""
+    texts = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(column), *(len(text[k]) for text in texts)) for k, column in enumerate(columns)]
+    lines = [columns, ["-" * width for width in widths], *texts]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

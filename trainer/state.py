@@ -1,0 +1,72 @@
+"""What a restart needs beside the weights: how far the run is, and each rank's random numbers and open metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.loader import LoaderState
+
+
+@dataclass
+class Window:
+    """What this rank has seen since the last line of metrics; sums stay on the device until the line is written."""
+
+    loss_sum: Tensor | None = None
+    labels: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+    def add(self, *, loss_sum: Tensor, labels: int, samples: int, tokens: int) -> None:
+        """Take in one batch."""
+        # Read only when a line is written: .item() here would stop the host in every step.
+        loss = loss_sum.detach().double()
+        self.loss_sum = loss if self.loss_sum is None else self.loss_sum + loss
+        self.labels += labels
+        self.samples += samples
+        self.tokens += tokens
+
+    def totals(self) -> Tensor:
+        """[loss sum, labels, samples, tokens], float64, on the CPU."""
+        loss = 0.0 if self.loss_sum is None else float(self.loss_sum)
+        return torch.tensor([loss, self.labels, self.samples, self.tokens], dtype=torch.float64)
+
+    @staticmethod
+    def of(totals: Tensor) -> Window:
+        """The window with these totals."""
+        loss, labels, samples, tokens = totals.tolist()
+        return Window(torch.tensor(loss, dtype=torch.float64), int(labels), int(samples), int(tokens))
+
+
+@dataclass
+class TrainState:
+    """Progress of a run. `step` counts finished updates; `loader` is the position behind the last trained batch."""
+
+    step: int = 0
+    batches: int = 0
+    """Loader batches trained, `trainer.accumulate` per step: how often the tables were updated."""
+    loader: LoaderState = field(default_factory=LoaderState)
+    window: Window = field(default_factory=Window)
+
+    def rank_state(self) -> dict[str, Any]:
+        """This rank's own part: random numbers and open metrics."""
+        state: dict[str, Any] = {"cpu_rng": torch.get_rng_state(), "window": self.window.totals()}
+        if torch.cuda.is_available():
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        return state
+
+    def load_rank_states(self, states: list[dict[str, Any]], *, rank: int, world_size: int) -> None:
+        """Take up what the ranks of the saving run left: each its own, or, on another world size, rank 0 all windows."""
+        if len(states) != world_size:
+            # Other ranks draw other dropout masks anyway: their freshly seeded streams are as good as the old ones.
+            totals = torch.stack([state["window"] for state in states]).sum(0)
+            self.window = Window.of(totals) if rank == 0 else Window()
+            return
+        own = states[rank]
+        self.window = Window.of(own["window"])
+        torch.set_rng_state(own["cpu_rng"])
+        if "cuda_rng" in own and torch.cuda.is_available():
+            torch.cuda.set_rng_state(own["cuda_rng"])
