@@ -8,6 +8,8 @@ A dataset is a folder:
                               num_validation, and the declared columns; lists are in true time order, so that a
                               user's first num_train events are for training, the next num_validation for
                               validation and the rest for testing
+
+Declared columns may hold nulls: where the log does, and, per user, where a user has no training event.
 """
 
 import dataclasses
@@ -175,7 +177,7 @@ class DatasetInfo:
 
     def write(self) -> None:
         """Write `dataset.json` into `root` in one atomic step; call it when every other file is in place."""
-        raw = dataclasses.asdict(self)
+        raw = {"schema_version": self.schema_version, **dataclasses.asdict(self)}
         del raw["root"]
         raw["split"] = {name: value for name, value in raw["split"].items() if value is not None}
         target = self.root / DATASET_FILE

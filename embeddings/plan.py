@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import KernelConfig, TopologyFactory, TrainerConfig
 from torchrec.distributed.types import ShardingPlan, ShardingType
 
 from ..data.errors import UserError
@@ -51,11 +53,7 @@ def make_plan(
     if unknown:
         raise UserError(f"embeddings.sharding names {unknown}; the tables of this run are {names}")
     planner = EmbeddingShardingPlanner(
-        topology=Topology(
-            world_size=dist.get_world_size(),
-            compute_device=device.type,
-            hbm_cap=_hbm_bytes(config, device),
-        ),
+        topology=_topology(config, device),
         constraints={name: _constraints(config.sharding.get(name, "auto")) for name in names},
         storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED_SHARE),
     )
@@ -73,12 +71,22 @@ def _constraints(sharding: str) -> ParameterConstraints:
     return ParameterConstraints(sharding_types=[kind.value for kind in types])
 
 
-def _hbm_bytes(config: EmbeddingsConfig, device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
+def _topology(config: EmbeddingsConfig, device: torch.device) -> Topology:
+    """What the planner may count on: ranks, ranks of a node, and the device memory of each."""
+    hbm_bytes = None
+    if device.type == "cuda":
+        hbm_bytes = torch.cuda.get_device_properties(device).total_memory
     if config.hbm_gib is not None:
-        return int(config.hbm_gib * 2**30)
-    return torch.cuda.get_device_properties(device).total_memory
+        hbm_bytes = int(config.hbm_gib * 2**30)
+    world_size = dist.get_world_size()
+    return TopologyFactory.create_topology(
+        TrainerConfig(
+            world_size=world_size,
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+            hbm_cap_bytes=hbm_bytes,
+        ),
+        kernel_config=KernelConfig(compute_device=device.type),
+    )
 
 
 def describe_plan(plan: ShardingPlan, config: EmbeddingsConfig) -> str:

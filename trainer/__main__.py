@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..data.errors import UserError
 from .config import load_config
+from .noise import silence
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code."""
     config = load_config(args.recipe, args.set)
     out = args.out or Path("runs") / Path(args.recipe).stem
+    silence()
     # Heavy imports wait until the configuration is known to be good.
     from .loop import train
     from .parallel import join

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..data.errors import UserError
 from .config import Config, load_config
 from .manifest import checkpoint_folder, complete_checkpoints, step_of
+from .noise import silence
 
 LOWER_IS_BETTER = "ne/"
 HIGHER_IS_BETTER = "ndcg@10"
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate every held-out split of the run's dataset and print the metrics; returns the exit code."""
     config = _config_of(args.run_dir)
     folder = find_checkpoint(args.run_dir, args.checkpoint)
+    silence()
     from . import checkpoint
     from .build import build_recommender, load_dataset, shard
     from .evaluate import Evaluator

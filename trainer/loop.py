@@ -79,7 +79,7 @@ def record(run: Run, step: Step) -> None:
         )
     if run.audit is not None:
         samples = [trained.batch.samples for trained in step.trained]
-        run.audit.write(step=state.step, epoch=step.epoch, samples=samples)
+        run.audit.write(step=state.step, epoch=state.epoch, samples=samples)
     run.reporter.advance()
 
 
@@ -90,7 +90,7 @@ def log(run: Run, step: Step) -> None:
     run.reporter.write(
         {
             "step": run.state.step,
-            "epoch": step.epoch,
+            "epoch": run.state.epoch,
             "split": "train",
             "loss": loss_sum / max(labels, 1),
             "lr": step.lr,
@@ -109,7 +109,7 @@ def evaluate(run: Run, split: str) -> None:
     # The pipeline's rewritten model expects ids that are already exchanged; evaluation runs the plain one.
     run.pipeline.detach()
     metrics = run.evaluator(split)
-    run.reporter.write({"step": run.state.step, "epoch": run.state.loader.epoch, "split": split, **metrics})
+    run.reporter.write({"step": run.state.step, "epoch": run.state.epoch, "split": split, **metrics})
     run.clock += time.monotonic() - start
 
 

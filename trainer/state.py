@@ -51,6 +51,12 @@ class TrainState:
     loader: LoaderState = field(default_factory=LoaderState)
     window: Window = field(default_factory=Window)
 
+    @property
+    def epoch(self) -> int:
+        """Epoch of the last trained batch, from 0."""
+        at_start = self.loader.consumed == 0
+        return max(self.loader.epoch - 1, 0) if at_start else self.loader.epoch
+
     def rank_state(self) -> dict[str, Any]:
         """This rank's own part: random numbers and open metrics."""
         state: dict[str, Any] = {"cpu_rng": torch.get_rng_state(), "window": self.window.totals()}

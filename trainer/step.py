@@ -36,11 +36,6 @@ class Step:
     lr: float
     gradient_norm: Tensor
 
-    @property
-    def epoch(self) -> int:
-        """Epoch of the step's last batch, from 0."""
-        return self.trained[-1].batch.epoch
-
 
 def build_pipeline(
     parallel: DistributedModelParallel, config: TrainerConfig, world: World

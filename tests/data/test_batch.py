@@ -14,7 +14,17 @@ FEATURES = {
     "city": FeatureConfig(kind="category", role="user", num_values=9),
     "user_id": FeatureConfig(kind="hash", role="user", num_values=10**6),
 }
-USER_IDS = {7: 1 + 0x63CBE1E459320DD7 % 10**6, 8: 1 + 0x044C3CD7F43C661C % 10**6}  # SplitMix64 of 7 and 8
+
+
+def splitmix64(number):
+    """The first output of SplitMix64 seeded with a number, in Python's own integers."""
+    bits = (number + 0x9E3779B97F4A7C15) % 2**64
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
+    return bits ^ bits >> 31
+
+
+USER_IDS = {user: 1 + splitmix64(user) % 10**6 for user in (7, 8)}
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +43,7 @@ def path(tmp_path_factory):
             "tab": [[0, 1, 2, 3, 4, 5], [6, 7]],
             "liked": [[5, 4, 3, 2, 1, 0], [8, 7]],
             "city": [3, None],
+            "candidate": [1, 2],
         }
     )
     root = tmp_path_factory.mktemp("literal") / "dataset"

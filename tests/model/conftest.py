@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-
 from ultrarec.data.batch import Batch
 from ultrarec.data.config import FeatureConfig
 from ultrarec.data.order import LoaderState
@@ -46,7 +45,7 @@ class Sample:
         return len(self.items)
 
 
-def random_sample(length: int, num_targets: int, seed: int, *, next_item: bool = False) -> Sample:
+def _random_sample(length: int, num_targets: int, seed: int, *, next_item: bool = False) -> Sample:
     """A sample of `length` events, the last `num_targets` of which are targets."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -70,7 +69,7 @@ def random_sample(length: int, num_targets: int, seed: int, *, next_item: bool =
     )
 
 
-def collate(samples: list[Sample], candidates: Tensor | None = None, *, sampled: bool = False) -> Batch:
+def _collate(samples: list[Sample], candidates: Tensor | None = None, *, sampled: bool = False) -> Batch:
     """The batch of these samples; the ids of candidates and positives stand last, as the loader writes them."""
     lengths = torch.tensor([sample.length for sample in samples])
     bags = {
@@ -120,17 +119,35 @@ class Tables:
 
 
 @pytest.fixture
+def features() -> dict[str, FeatureConfig]:
+    return FEATURES
+
+
+@pytest.fixture
+def actions() -> tuple[str, ...]:
+    return ACTIONS
+
+
+@pytest.fixture
+def random_sample() -> Callable[..., Sample]:
+    return _random_sample
+
+
+@pytest.fixture
+def collate() -> Callable[..., Batch]:
+    return _collate
+
+
+@pytest.fixture
 def tables() -> Callable[..., Tables]:
-    """Makes tables of a width, dtype and seed, as leaves of the graph."""
+    """Makes tables of a width and dtype, as leaves of the graph."""
 
     def make(dim: int, dtype: torch.dtype = torch.float64) -> Tables:
         generator = torch.Generator().manual_seed(7)
-        shapes = {"item": (NUM_ITEMS + 1, dim), "user_id": (NUM_HASHED + 1, dim)}
-        return Tables(
-            **{
-                name: torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
-                for name, shape in shapes.items()
-            }
-        )
+
+        def rows(count: int) -> Tensor:
+            return torch.randn(count, dim, generator=generator, dtype=dtype).requires_grad_()
+
+        return Tables(item=rows(NUM_ITEMS + 1), user_id=rows(NUM_HASHED + 1))
 
     return make

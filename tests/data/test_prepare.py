@@ -1,0 +1,505 @@
+"""What a prepared dataset holds, checked against the log it was made from."""
+
+import argparse
+import gzip
+import itertools
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from datetime import datetime
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ultrarec.data import prepare as prepare_command
+from ultrarec.data.preparation.writing import EVENTS_PER_ROW_GROUP, row_groups
+from ultrarec.data.prepare import PrepareOptions, prepare
+from ultrarec.data.schema import UNKNOWN_ITEM, DatasetInfo
+
+ROLES = {"user": "user", "item": "item", "time": "time"}
+
+
+def write_log(path, columns, *, row_group_size=100):
+    pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
+    return str(path)
+
+
+def write_csv(path, columns, *, delimiter=",", header=True, end="\n"):
+    rows = list(zip(*columns.values(), strict=True))
+    lines = [delimiter.join(map(str, row)) for row in ([tuple(columns)] if header else []) + rows]
+    path.write_bytes(("".join(line + end for line in lines)).encode())
+    return str(path)
+
+
+def prepare_log(out, *logs, **options):
+    return prepare(PrepareOptions(logs=logs, out=out, **{**ROLES, "memory_limit": "1GB", **options}))
+
+
+def histories(info):
+    return [row for path in info.history_paths for row in pq.read_table(path).to_pylist()]
+
+
+def items(info):
+    return pq.read_table(info.root / "items.parquet").to_pylist()
+
+
+def original_items(info):
+    """{user: its items as the log calls them, None for unknown ones}."""
+    names = {UNKNOWN_ITEM: None} | {row["id"]: row["item_id"] for row in items(info)}
+    return {row["user_id"]: [names[item] for item in row["items"]] for row in histories(info)}
+
+
+def log_with_ties(num_rows, *, seed=0, num_users=40):
+    """Many events of few users at few different times; `place` numbers the rows."""
+    rng = np.random.default_rng(seed)
+    return {
+        "user": rng.integers(0, num_users, num_rows),
+        "item": rng.integers(100, 160, num_rows),
+        "time": rng.integers(0, 8, num_rows),
+        "place": np.arange(num_rows),
+    }
+
+
+def places_in_true_order(log):
+    """{user: places} by time, and where times are equal by place."""
+    order = np.lexsort((log["place"], log["time"], log["user"]))
+    users, starts = np.unique(log["user"][order], return_index=True)
+    places = np.split(log["place"][order], starts[1:])
+    return {int(user): part.tolist() for user, part in zip(users, places, strict=True)}
+
+
+# Order
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_ties_keep_the_order_of_files_and_rows(tmp_path, suffix, threads):
+    log = log_with_ties(60_000)
+    paths = []
+    for part, rows in enumerate(np.array_split(np.arange(60_000), 3)):
+        path = tmp_path / f"part-{9 - part}.{suffix}"  # names sort against the order given
+        write = write_log if suffix == "parquet" else write_csv
+        paths.append(write(path, {name: values[rows] for name, values in log.items()}))
+    info = prepare_log(tmp_path / "out", *paths, columns=("place",), threads=threads)
+    assert {row["user_id"]: row["place"] for row in histories(info)} == places_in_true_order(log)
+
+
+def test_ties_keep_file_order_when_the_sort_spills_to_disk(tmp_path):
+    log = log_with_ties(1_000_000, num_users=2_000)
+    path = write_log(tmp_path / "log.parquet", log, row_group_size=50_000)
+    info = prepare_log(tmp_path / "out", path, columns=("place",), memory_limit="60MB", threads=2)
+    assert {row["user_id"]: row["place"] for row in histories(info)} == places_in_true_order(log)
+
+
+def test_the_order_column_decides_ties_before_the_file_order_does(tmp_path):
+    log = {"user": [1] * 4, "item": [10, 11, 12, 13], "time": [5, 5, 5, 1], "step": [2, 1, 1, 9]}
+    info = prepare_log(tmp_path / "out", write_log(tmp_path / "log.parquet", log), order="step")
+    assert original_items(info) == {1: [13, 11, 12, 10]}
+
+
+@pytest.mark.parametrize("log", ["logs", "logs/*.csv", "logs/b?.csv"])
+def test_a_folder_or_a_glob_is_read_in_the_order_of_names(tmp_path, monkeypatch, log):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    for number in (2, 1, 3):
+        write_csv(tmp_path / f"logs/b{number}.csv", {"user": [1], "item": [number], "time": [0]})
+    info = prepare_log(tmp_path / "out", log)
+    assert original_items(info) == {1: [1, 2, 3]}
+    assert [source.path for source in info.sources] == [f"logs/b{number}.csv" for number in (1, 2, 3)]
+
+
+def test_names_with_glob_characters_are_taken_as_they_are(tmp_path):
+    write_csv(tmp_path / "log1.csv", {"user": [1], "item": [1], "time": [0]})
+    path = write_csv(tmp_path / "log[1].csv", {"user": [2], "item": [2], "time": [0]})
+    assert original_items(prepare_log(tmp_path / "out", path)) == {2: [2]}
+
+
+def test_any_number_of_threads_writes_the_same_bytes(tmp_path):
+    path = write_log(tmp_path / "log.parquet", log_with_ties(30_000, num_users=5_000))
+    options = {"columns": ("place",), "leave_last": 1}
+    infos = [prepare_log(tmp_path / f"out{n}", path, threads=n, **options) for n in (1, 2, 4)]
+    for file in (*infos[0].files, infos[0].vocabularies["items"]):
+        assert len({info.locate(file.path).read_bytes() for info in infos}) == 1, file.path
+
+
+def test_histories_longer_than_a_batch_and_many_row_groups_come_out_whole(tmp_path):
+    log = log_with_ties(300_000, num_users=2)
+    log["user"] = np.where(np.arange(300_000) < 290_000, 0, np.arange(300_000) % 4_000)
+    info = prepare_log(
+        tmp_path / "out", write_log(tmp_path / "log.parquet", log, row_group_size=9_999), columns=("place",)
+    )
+    assert {row["user_id"]: row["place"] for row in histories(info)} == places_in_true_order(log)
+    assert info.files[0].row_groups == pq.ParquetFile(info.history_paths[0]).num_row_groups == 2
+
+
+def test_row_groups_are_bounded_in_events_and_a_longer_history_stands_alone():
+    most = EVENTS_PER_ROW_GROUP
+    groups = row_groups(np.array([1, most - 1, 1, 3 * most, 2, most - 2]))
+    assert groups == [range(2), range(2, 3), range(3, 4), range(4, 6)]
+
+
+# Splits
+
+
+@pytest.mark.parametrize(
+    ("last", "num_events", "parts"),
+    [(1, 2, (2, 0, 0)), (1, 3, (1, 1, 1)), (1, 7, (5, 1, 1)), (3, 6, (6, 0, 0)), (3, 8, (2, 3, 3))],
+)
+def test_leave_last_tests_the_last_events_of_users_with_enough(tmp_path, last, num_events, parts):
+    users = [1] * num_events + [2] * 9
+    log = {"user": users, "item": list(range(len(users))), "time": list(range(len(users)))}
+    info = prepare_log(tmp_path / "out", write_log(tmp_path / "log.parquet", log), leave_last=last)
+    row = histories(info)[0]
+    assert (row["num_train"], row["num_validation"], num_events - row["num_train"] - row["num_validation"]) == parts
+
+
+def test_split_time_puts_its_own_moment_into_the_test_period(tmp_path):
+    log = {"user": [1] * 6, "item": [1, 1, 1, 1, 1, 1], "time": [0, 9, 10, 19, 20, 30]}
+    info = prepare_log(tmp_path / "out", write_log(tmp_path / "log.parquet", log), split_time=20, validation_time=10)
+    row = histories(info)[0]
+    assert (row["num_train"], row["num_validation"], row["num_events"]) == (2, 2, 6)
+    assert (info.counts.train_events, info.counts.validation_events, info.counts.test_events) == (2, 2, 2)
+
+
+def test_items_that_first_occur_in_the_test_period_are_unknown(tmp_path):
+    log = {"user": [1, 1, 1, 2], "item": [7, 8, 9, 7], "time": [0, 1, 2, 2]}
+    info = prepare_log(tmp_path / "out", write_log(tmp_path / "log.parquet", log), split_time=2)
+    assert original_items(info) == {1: [7, 8, None], 2: [7]}
+    assert items(info) == [{"id": 1, "item_id": 7, "count": 1}, {"id": 2, "item_id": 8, "count": 1}]
+    assert info.counts.unknown_item_events == 1
+
+
+def test_leave_last_keeps_the_whole_catalogue_but_counts_training_events_only(tmp_path):
+    log = {"user": [1, 1, 1, 1], "item": [5, 5, 6, 7], "time": [0, 1, 2, 3]}
+    info = prepare_log(tmp_path / "out", write_log(tmp_path / "log.parquet", log), leave_last=1)
+    assert [(row["item_id"], row["count"]) for row in items(info)] == [(5, 2), (6, 0), (7, 0)]
+
+
+def test_what_happens_after_the_split_changes_nothing_that_training_sees(tmp_path):
+    before = log_with_ties(400)
+    seen = []
+    for variant in range(3):
+        after = log_with_ties(50 * variant + 1, seed=variant + 1, num_users=60)
+        after["item"] += 20 * variant
+        after["time"] += 8
+        log = {name: np.concatenate([before[name], after[name]]) for name in before}
+        path = write_log(tmp_path / f"{variant}.parquet", log)
+        options = {"split_time": 8, "min_user_events": 5, "min_item_events": 4, "user_columns": ("place",)}
+        info = prepare_log(tmp_path / f"out{variant}", path, **options)
+        training = [
+            (row["user_id"], row["items"][: row["num_train"]], row["timestamps"][: row["num_train"]], row["place"])
+            for row in histories(info)
+        ]
+        seen.append((items(info), training))
+    assert seen[0] == seen[1] == seen[2]
+
+
+# Filters
+
+
+def expected_items(log, *, min_user, min_item, split_time=None):
+    """The rules of the minimums, spelt out: {user: items in true order, None for unknown ones}."""
+    events = sorted(zip(log["user"].tolist(), log["time"].tolist(), log["place"].tolist(), log["item"].tolist()))
+    counted = [event for event in events if split_time is None or event[1] < split_time]
+    users = Counter(event[0] for event in counted)
+    known = Counter(event[3] for event in counted)
+    kept = [event for event in events if users[event[0]] >= min_user]
+    catalogue = {e[3] for e in counted if known[e[3]] >= min_item and users[e[0]] >= min_user}
+    if split_time is None:
+        kept = [event for event in kept if event[3] in catalogue]
+    groups = {user: list(group) for user, group in itertools.groupby(kept, key=lambda event: event[0])}
+    least = min_user if split_time is None else 0
+    return {
+        user: [event[3] if event[3] in catalogue else None for event in group]
+        for user, group in groups.items()
+        if len(group) >= least
+    }
+
+
+@pytest.mark.parametrize("split_time", [None, 5])
+@pytest.mark.parametrize(("min_user", "min_item"), [(0, 0), (4, 0), (0, 4), (4, 5)])
+def test_minimums_keep_the_users_and_items_that_their_rules_say(tmp_path, min_user, min_item, split_time):
+    log = log_with_ties(160, num_users=35, seed=min_user + min_item)
+    path = write_log(tmp_path / "log.parquet", log)
+    info = prepare_log(
+        tmp_path / "out", path, min_user_events=min_user, min_item_events=min_item, split_time=split_time
+    )
+    expected = expected_items(log, min_user=min_user, min_item=min_item, split_time=split_time)
+    assert original_items(info) == expected
+    assert info.counts.users == len(expected)
+    assert info.counts.events == sum(map(len, expected.values()))
+
+
+def test_users_left_short_by_rare_items_go_but_the_catalogue_stays(tmp_path):
+    log = {"user": [1, 1, 2, 2, 3, 3], "item": [5, 6, 5, 7, 5, 5], "time": [0, 1, 0, 1, 0, 1]}
+    options = {"min_user_events": 2, "min_item_events": 2}
+    info = prepare_log(tmp_path / "out", write_log(tmp_path / "log.parquet", log), **options)
+    assert original_items(info) == {3: [5, 5]}
+    assert [row["item_id"] for row in items(info)] == [5]
+
+
+# Columns
+
+
+def test_dense_ids_follow_the_order_of_the_original_ids(tmp_path):
+    log = {"user": ["b", "b", "a"], "item": ["y", "B07", "x"], "time": [0, 1, 0]}
+    info = prepare_log(tmp_path / "out", write_log(tmp_path / "log.parquet", log))
+    assert [(row["id"], row["item_id"]) for row in items(info)] == [(1, "B07"), (2, "x"), (3, "y")]
+    assert [(row["user_id"], row["items"]) for row in histories(info)] == [("a", [2]), ("b", [3, 1])]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_actions_become_bits_in_the_declared_order(tmp_path, suffix):
+    log = {
+        "user": [1, 1, 1, 1],
+        "item": [1, 1, 1, 1],
+        "time": [0, 1, 2, 3],
+        "like": [0, 1, 0, 1],
+        "click": [True, False, False, True],
+    }
+    write = write_log if suffix == "parquet" else write_csv
+    path = write(tmp_path / f"log.{suffix}", log)
+    info = prepare_log(tmp_path / "out", path, actions=("click", "like"))
+    assert histories(info)[0]["actions"] == [1, 2, 0, 3]
+    assert info.roles.actions == ("click", "like")
+
+
+def test_sixty_three_actions_fit_the_mask(tmp_path):
+    names = [f"a{k}" for k in range(63)]
+    log = {"user": [1, 1], "item": [1, 1], "time": [0, 1]} | {name: [False, True] for name in names}
+    info = prepare_log(tmp_path / "out", write_log(tmp_path / "log.parquet", log), actions=tuple(names))
+    assert histories(info)[0]["actions"] == [0, 2**63 - 1]
+
+
+def test_without_actions_the_mask_is_zero(tmp_path):
+    path = write_log(tmp_path / "log.parquet", {"user": [1, 1], "item": [1, 1], "time": [0, 1]})
+    assert histories(prepare_log(tmp_path / "out", path))[0]["actions"] == [0, 0]
+
+
+def test_declared_columns_keep_their_types_and_nulls(tmp_path):
+    log = {
+        "user": [1, 1],
+        "item": [1, 2],
+        "time": [1, 0],
+        "small": pa.array([3, None], pa.int8()),
+        "share": pa.array([0.5, 0.25], pa.float32()),
+        "place": ["home", "work"],
+    }
+    options = {"columns": ("small", "place"), "user_columns": ("share",)}
+    info = prepare_log(tmp_path / "out", write_log(tmp_path / "log.parquet", log), **options)
+    assert {name: (column.kind, column.type) for name, column in info.columns.items()} == {
+        "small": ("event", "int8"),
+        "place": ("event", "string"),
+        "share": ("user", "float"),
+    }
+    schema = pq.read_schema(info.history_paths[0])
+    assert schema.field("small").type == pa.list_(pa.int8())
+    assert schema.field("share").type == pa.float32()
+    row = histories(info)[0]
+    assert (row["small"], row["place"], row["share"]) == ([None, 3], ["work", "home"], 0.5)
+
+
+def test_a_user_column_takes_the_newest_training_event_and_is_null_without_one(tmp_path):
+    log = {"user": [1, 1, 1, 2], "item": [1, 1, 1, 1], "time": [0, 1, 2, 2], "level": [10, 11, 12, 20]}
+    path = write_log(tmp_path / "log.parquet", log)
+    info = prepare_log(tmp_path / "out", path, user_columns=("level",), split_time=2)
+    assert [row["level"] for row in histories(info)] == [11, None]
+
+
+@pytest.mark.parametrize("unit", ["ms", "us", "ns"])
+def test_timestamps_become_milliseconds_and_keep_their_finer_order(tmp_path, unit):
+    start = datetime(1969, 12, 31, 23, 59, 59, 999_000)
+    per_ms = {"ms": 1, "us": 1_000, "ns": 1_000_000}[unit]
+    ticks = [2 * per_ms + per_ms // 2, 2 * per_ms, 0]
+    moments = pa.array(
+        [int(start.timestamp() - datetime(1970, 1, 1).timestamp()) * 1000 * per_ms - per_ms + t for t in ticks]
+    )
+    log = {"user": [1, 1, 1], "item": [1, 2, 3], "time": moments.cast(pa.timestamp(unit))}
+    info = prepare_log(tmp_path / "out", write_log(tmp_path / "log.parquet", log))
+    assert histories(info)[0]["timestamps"] == [-1, 1, 1]
+    assert original_items(info) == {1: [3, 1, 2] if unit == "ms" else [3, 2, 1]}
+
+
+@pytest.mark.parametrize("times", [["978300760", "978300761"], ["978300760.0", "9.78300761e8"]])
+def test_csv_times_may_be_whole_numbers_in_any_notation(tmp_path, times):
+    path = write_csv(tmp_path / "log.csv", {"user": [1, 1], "item": [1, 2], "time": times})
+    assert histories(prepare_log(tmp_path / "out", path))[0]["timestamps"] == [978300760, 978300761]
+
+
+def test_csv_times_may_be_dates_and_clock_times(tmp_path):
+    path = write_csv(
+        tmp_path / "log.csv", {"user": [1, 1], "item": [1, 2], "time": ["1970-01-02", "1970-01-01 00:00:01"]}
+    )
+    assert histories(prepare_log(tmp_path / "out", path))[0]["timestamps"] == [1_000, 86_400_000]
+
+
+def test_csv_ids_with_leading_zeros_stay_distinct_strings(tmp_path):
+    path = write_csv(tmp_path / "log.csv", {"user": [1, 1], "item": ["07", "7"], "time": [0, 1]})
+    assert original_items(prepare_log(tmp_path / "out", path)) == {1: ["07", "7"]}
+
+
+def test_csv_columns_are_integers_numbers_or_strings_by_their_values(tmp_path):
+    columns = {"whole": [1, -2], "share": [1, 0.5], "word": [1, "x"], "gap": ["", 3]}
+    path = write_csv(tmp_path / "log.csv", {"user": [1, 1], "item": [1, 1], "time": [0, 1]} | columns)
+    info = prepare_log(tmp_path / "out", path, columns=tuple(columns))
+    assert [column.type for column in info.columns.values()] == ["int64", "double", "string", "int64"]
+    row = histories(info)[0]
+    assert [row[name] for name in columns] == [[1, -2], [1.0, 0.5], ["1", "x"], [None, 3]]
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("delimiter", "end"), [(",", "\n"), (",", "\r\n"), ("\t", "\n"), (";", "\n"), ("|", "\n"), ("::", "\n")]
+)
+def test_csv_delimiters_and_line_ends_are_detected(tmp_path, delimiter, end):
+    log = {"user": [1, 1, 2], "item": [3, 4, 5], "time": [1, 0, 0]}
+    path = write_csv(tmp_path / "log.csv", log, delimiter=delimiter, end=end)
+    assert original_items(prepare_log(tmp_path / "out", path)) == {1: [4, 3], 2: [5]}
+
+
+def test_csv_may_be_compressed_quoted_and_marked_as_utf8(tmp_path):
+    text = '\ufeffuser,item,time,note\n1,"x, ""y""",1,"two\nlines"\n1,é,0,\n'
+    (tmp_path / "log.csv.gz").write_bytes(gzip.compress(text.encode()))
+    info = prepare_log(tmp_path / "out", str(tmp_path / "log.csv.gz"), columns=("note",))
+    assert original_items(info) == {1: ["é", 'x, "y"']}
+    assert histories(info)[0]["note"] == [None, "two\nlines"]
+
+
+def test_parquet_files_of_one_log_may_differ_in_column_order_and_integer_width(tmp_path):
+    first = write_log(tmp_path / "a.parquet", {"user": pa.array([1], pa.int8()), "item": [1], "time": [0]})
+    second = write_log(tmp_path / "b.parquet", {"time": [1], "item": [2**40], "user": [1]})
+    assert original_items(prepare_log(tmp_path / "out", first, second)) == {1: [1, 2**40]}
+
+
+def test_the_dataset_states_what_it_holds(tmp_path):
+    path = write_log(tmp_path / "log.parquet", log_with_ties(500))
+    info = prepare_log(tmp_path / "out", path, leave_last=2, columns=("place",))
+    assert DatasetInfo.load(tmp_path / "out") == info
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.parquet", "out"]
+    rows = histories(info)
+    assert info.counts.events == 500 == sum(row["num_events"] for row in rows)
+    assert info.counts.train_events == sum(row["num_train"] for row in rows) == sum(row["count"] for row in items(info))
+    assert info.num_items == info.counts.items == len(items(info))
+    for row in rows:
+        assert {len(row[name]) for name in ("items", "timestamps", "actions", "place")} == {row["num_events"]}
+    for file in info.files:
+        metadata = pq.read_metadata(info.locate(file.path))
+        assert (file.rows, file.row_groups) == (metadata.num_rows, metadata.num_row_groups)
+        assert file.bytes == info.locate(file.path).stat().st_size
+
+
+def test_the_bundled_sample_has_the_published_split(tmp_path):
+    options = {"user": "user_id", "item": "item_id", "time": "time_ms", "split_time": 1651330969569}
+    info = prepare_log(tmp_path / "out", "sample:kuairand", actions=("is_click", "long_view"), **options)
+    assert (info.counts.users, info.counts.train_events, info.counts.test_events) == (25_156, 93_926, 134_403)
+    assert [source.path for source in info.sources] == ["sample:kuairand"]
+
+
+# The official files of public data sets, as docs/datasets.md prepares them
+
+KUAIRAND_ACTIONS = (
+    "is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view", "is_profile_enter",
+)  # fmt: skip
+
+
+def run_command(*arguments):
+    parser = argparse.ArgumentParser()
+    prepare_command.add_arguments(parser)
+    return prepare_command.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_movielens_1m_ratings_dat_is_read(tmp_path):
+    (tmp_path / "ratings.dat").write_text("1::1193::5::978300760\n1::661::3::978302109\n2::914::3::978300760\n")
+    assert run_command(
+        tmp_path / "ratings.dat", "--out", tmp_path / "out", "--csv-columns", "user_id,item_id,rating,timestamp",
+        "--user", "user_id", "--item", "item_id", "--time", "timestamp", "--column", "rating",
+    ) == 0  # fmt: skip
+    info = DatasetInfo.load(tmp_path / "out")
+    assert original_items(info) == {1: [1193, 661], 2: [914]}
+    assert histories(info)[0]["rating"] == [5, 3]
+
+
+def test_movielens_20m_ratings_csv_is_read(tmp_path):
+    (tmp_path / "ratings.csv").write_text("userId,movieId,rating,timestamp\n1,2,3.5,1112486027\n1,29,3.5,1112484676\n")
+    run_command(
+        tmp_path / "ratings.csv", "--out", tmp_path / "out", "--user", "userId", "--item", "movieId",
+        "--time", "timestamp", "--column", "rating",
+    )  # fmt: skip
+    info = DatasetInfo.load(tmp_path / "out")
+    assert original_items(info) == {1: [29, 2]}
+    assert info.columns["rating"].type == "double"
+
+
+def test_amazon_ratings_books_csv_is_read(tmp_path):
+    (tmp_path / "ratings_Books.csv").write_text(
+        "AH2L9G3DQHHAJ,0000000116,4.0,1019865600\nA2IIIDRK3PRRZY,B000AAA,1.0,1395619200\n"
+    )
+    run_command(
+        tmp_path / "ratings_Books.csv", "--out", tmp_path / "out", "--csv-columns", "user_id,item_id,rating,timestamp",
+        "--user", "user_id", "--item", "item_id", "--time", "timestamp",
+    )  # fmt: skip
+    info = DatasetInfo.load(tmp_path / "out")
+    assert original_items(info) == {"A2IIIDRK3PRRZY": ["B000AAA"], "AH2L9G3DQHHAJ": ["0000000116"]}
+
+
+def test_kuairand_log_standard_csv_files_are_read(tmp_path):
+    header = (
+        "user_id,video_id,date,hourmin,time_ms,is_click,is_like,is_follow,is_comment,is_forward,is_hate,long_view,"
+        "play_time_ms,duration_ms,profile_stay_time,comment_stay_time,is_profile_enter,is_rand,tab\n"
+    )
+    early = "0,3,20220408,900,1649379606000,1,0,0,0,0,0,1,22000,11000,0,0,1,0,1\n"
+    late = "0,5,20220501,1800,1651399200000,0,0,0,0,0,0,0,0,9000,0,0,0,0,4\n"
+    (tmp_path / "log_standard_4_08_to_4_21_pure.csv").write_text(header + early)
+    (tmp_path / "log_standard_4_22_to_5_08_pure.csv").write_text(header + late)
+    actions = [argument for name in KUAIRAND_ACTIONS for argument in ("--action", name)]
+    run_command(
+        tmp_path / "log_standard_*.csv", "--out", tmp_path / "out", "--user", "user_id", "--item", "video_id",
+        "--time", "time_ms", *actions, "--column", "play_time_ms", "--column", "duration_ms", "--column", "tab",
+        "--split-time", 1651330969569,
+    )  # fmt: skip
+    row = histories(DatasetInfo.load(tmp_path / "out"))[0]
+    assert (row["items"], row["actions"], row["tab"]) == ([1, UNKNOWN_ITEM], [1 + 64 + 128, 0], [1, 4])
+
+
+# The command
+
+
+def test_declaring_the_arguments_loads_nothing_heavy():
+    code = (
+        "import argparse, sys; from ultrarec.data import prepare; prepare.add_arguments(argparse.ArgumentParser()); "
+        "sys.exit(' '.join({'duckdb', 'pyarrow', 'numpy', 'torch', 'pydantic'} & set(sys.modules)))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr.strip() == ""
+    )
+
+
+def test_progress_is_reported_line_by_line(tmp_path):
+    path = write_log(tmp_path / "log.parquet", log_with_ties(50))
+    lines = []
+    prepare(PrepareOptions(logs=(path,), out=tmp_path / "out", **ROLES), report=lines.append)
+    assert "50 events read" in lines
+    assert lines[-1] == f"{tmp_path / 'out'}: 25 users, 50 events, 35 items"
+
+
+@pytest.mark.parametrize("delay", [0.1, 0.6])
+def test_an_interruption_leaves_nothing_behind(tmp_path, delay):
+    path = write_log(tmp_path / "log.parquet", log_with_ties(2_000_000, num_users=50_000), row_group_size=100_000)
+    out = tmp_path / "out"
+    code = (
+        "import sys; from pathlib import Path; from ultrarec.data.prepare import *; "
+        "prepare(PrepareOptions(logs=(sys.argv[1],), out=Path(sys.argv[2]), user='user', item='item', time='time'))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, path, str(out)], stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("out.tmp-*/work/stage.duckdb")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) != 0
+    assert [p.name for p in tmp_path.iterdir()] == ["log.parquet"]

@@ -1,0 +1,243 @@
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from ultrarec.kernels import AttentionMask
+from ultrarec.model.config import ModelConfig
+from ultrarec.model.hstu import HSTULayer, HSTUStack, Sequences
+
+N = 16
+LENGTHS = [5, 0, 1, 9, 16]
+TARGETS = [2, 0, 1, 0, 3]
+RESEARCH = {"width": 10, "num_layers": 1, "num_heads": 2, "qk_dim": 3, "value_dim": 4}
+INDUSTRIAL = {
+    **RESEARCH,
+    "activation": "u",
+    "gating": "concat",
+    "norm_affine": True,
+    "projection_bias": True,
+    "attention_alpha": "rsqrt",
+}
+SWITCHES = [
+    {"activation": "u"},
+    {"gating": "concat"},
+    {"norm": "group_norm"},
+    {"norm_affine": True},
+    {"norm": "group_norm", "norm_affine": True},
+    {"projection_bias": True},
+    {"attention_alpha": "rsqrt"},
+    {"relative_bias": "position"},
+    {"relative_bias": "position_time"},
+]
+CASES = [
+    pytest.param(RESEARCH, id="research"),
+    pytest.param({**RESEARCH, "relative_bias": "position_time"}, id="research with bias"),
+    pytest.param(INDUSTRIAL, id="industrial"),
+    pytest.param({**INDUSTRIAL, "norm": "group_norm"}, id="industrial with group norm"),
+    *(pytest.param({**RESEARCH, **switch}, id=" ".join(map(str, switch.items()))) for switch in SWITCHES),
+]
+
+
+def sequences(lengths=LENGTHS, targets=TARGETS):
+    generator = torch.Generator().manual_seed(3)
+    times = torch.cat([torch.randint(0, 10**6, (n,), generator=generator).cumsum(0) for n in lengths])
+    return Sequences(
+        offsets=torch.tensor([0, *itertools.accumulate(lengths)]),
+        num_targets=torch.tensor(targets),
+        timestamps=times,
+        query_timestamps=times + torch.randint(0, 1000, times.shape, generator=generator),
+    )
+
+
+def random_layer(config: ModelConfig, mask: AttentionMask, seed: int = 0) -> HSTULayer:
+    """A layer with no parameter at a value that hides it (norm scales of 1, biases of 0)."""
+    torch.manual_seed(seed)
+    layer = HSTULayer(config, max_seq_len=N, mask=mask).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return layer
+
+
+def norm(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + (-x).exp())
+
+
+def is_visible(i: int, j: int, length: int, num_targets: int, num_contextual: int) -> bool:
+    history_end = length - num_targets
+    if i == j:
+        return True
+    if i < num_contextual:
+        return j < history_end
+    return j < min(i, history_end)
+
+
+def layer_of_one_sequence(layer, config, x, *, times, query_times, num_targets, num_contextual):
+    """The paper's equations, head by head and query by query."""
+    heads, qk, dv = config.num_heads, config.qk_dim, config.value_dim
+    p = dict(layer.named_parameters())
+    normed = norm(x)
+    if config.norm_affine:
+        normed = normed * p["norm_input.weight"] + p["norm_input.bias"]
+    uvqk = normed @ p["uvqk.weight"].T
+    if config.projection_bias:
+        uvqk = uvqk + p["uvqk.bias"]
+    u, v, q, k = uvqk.split([heads * dv, heads * dv, heads * qk, heads * qk], dim=1)
+    u = silu(u)
+    if config.activation == "uvqk":
+        v, q, k = silu(v), silu(q), silu(k)
+    alpha = 1.0 if config.attention_alpha == "one" else qk**-0.5
+    attended = []
+    for h in range(heads):
+        for i in range(len(x)):
+            row = x.new_zeros(dv)
+            for j in range(len(x)):
+                if not is_visible(i, j, len(x), num_targets, num_contextual):
+                    continue
+                score = alpha * (q[i, h * qk : (h + 1) * qk] @ k[j, h * qk : (h + 1) * qk])
+                if config.relative_bias != "none":
+                    score = score + p["bias.position_weight"][i - j + N - 1]
+                if config.relative_bias == "position_time":
+                    elapsed = max(1.0, abs(float(query_times[i] - times[j])))
+                    bucket = int(torch.tensor(elapsed, dtype=torch.float64).log().div(0.301).floor().clamp(0, 128))
+                    score = score + p["bias.time_weight"][bucket]
+                row = row + silu(score) / N * v[j, h * dv : (h + 1) * dv]
+            attended.append(row)
+    a = torch.stack(attended).view(heads, len(x), dv).transpose(0, 1)
+    if config.norm == "group_norm":
+        normed_a = norm(a)
+        if config.norm_affine:
+            normed_a = normed_a * p["norm_attention.head_weight"] + p["norm_attention.head_bias"]
+        normed_a = normed_a.flatten(1)
+    else:
+        normed_a = norm(a.flatten(1))
+        if config.norm_affine:
+            normed_a = normed_a * p["norm_attention.norm.weight"] + p["norm_attention.norm.bias"]
+    gated = normed_a * u
+    if config.gating == "concat":
+        return x + torch.cat([u, a.flatten(1), gated], dim=1) @ p["output.weight"].T
+    return x + gated @ p["output.weight"].T + p["output.bias"]
+
+
+def formula(layer, config, x, seqs, num_contextual):
+    outputs = []
+    for b, (begin, end) in enumerate(itertools.pairwise(seqs.offsets.tolist())):
+        if end > begin:
+            outputs.append(
+                layer_of_one_sequence(
+                    layer,
+                    config,
+                    x[begin:end],
+                    times=seqs.timestamps[begin:end],
+                    query_times=seqs.query_timestamps[begin:end],
+                    num_targets=int(seqs.num_targets[b]),
+                    num_contextual=num_contextual,
+                )
+            )
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("settings", CASES)
+def test_layer_is_the_papers_equations_with_their_gradients(settings):
+    config, seqs = ModelConfig(**settings), sequences()
+    layer = random_layer(config, AttentionMask())
+    x = torch.randn(sum(LENGTHS), config.width, dtype=torch.float64, requires_grad=True)
+    got, expected = layer(x, seqs), formula(layer, config, x, seqs, 0)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    inputs = {"x": x, **dict(layer.named_parameters())}
+    upstream = torch.randn_like(got)
+    got_gradients = torch.autograd.grad(got, inputs.values(), upstream)
+    expected_gradients = torch.autograd.grad(expected, inputs.values(), upstream)
+    for name, got_gradient, expected_gradient in zip(inputs, got_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(got_gradient, expected_gradient, rtol=1e-8, atol=1e-8, msg=f"gradient of {name}")
+
+
+def test_contextual_tokens_see_the_history_and_no_target():
+    config = ModelConfig(**RESEARCH)
+    lengths, targets = [5, 2, 9], [1, 0, 3]
+    seqs = sequences(lengths, targets)
+    layer = random_layer(config, AttentionMask(num_contextual=2))
+    x = torch.randn(sum(lengths), config.width, dtype=torch.float64)
+    expected = formula(layer, config, x, seqs, 2)
+    torch.testing.assert_close(layer(x, seqs), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_stack_applies_its_layers_in_order():
+    config = ModelConfig(**{**RESEARCH, "num_layers": 3})
+    stack = HSTUStack(config, max_seq_len=N, mask=AttentionMask()).double()
+    x, seqs = torch.randn(sum(LENGTHS), config.width, dtype=torch.float64), sequences()
+    expected = x
+    for layer in stack.layers:
+        expected = formula(layer, config, expected, seqs, 0)
+    torch.testing.assert_close(stack(x, seqs), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_dropout_acts_on_the_gated_attention_in_training_only():
+    config = ModelConfig(**{**RESEARCH, "dropout": 0.5})
+    layer = random_layer(config, AttentionMask())
+    x, seqs = torch.randn(sum(LENGTHS), config.width, dtype=torch.float64), sequences()
+    torch.manual_seed(1)
+    trained = layer(x, seqs)
+    layer.eval()
+    evaluated = layer(x, seqs)
+    assert not torch.equal(trained, evaluated)
+    torch.testing.assert_close(evaluated, formula(layer, config, x, seqs, 0), rtol=1e-9, atol=1e-9)
+    # With the output weights at zero nothing but the residual and the output bias is left: dropout touched neither.
+    layer.train()
+    with torch.no_grad():
+        layer.output.weight.zero_()
+    assert torch.equal(layer(x, seqs), x + layer.output.bias)
+
+
+def test_research_parameters_start_as_published():
+    torch.manual_seed(0)
+    config = ModelConfig(width=64, num_layers=1, num_heads=2, qk_dim=32, value_dim=32, relative_bias="position_time")
+    layer = HSTULayer(config, max_seq_len=500, mask=AttentionMask())
+    shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    assert shapes == {
+        "uvqk.weight": (256, 64),
+        "bias.position_weight": (999,),
+        "bias.time_weight": (129,),
+        "output.weight": (64, 64),
+        "output.bias": (64,),
+    }
+    assert layer.uvqk.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert layer.bias.position_weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert layer.bias.time_weight.std().item() == pytest.approx(0.02, rel=0.2)
+    bound = (6 / (64 + 64)) ** 0.5
+    assert 0.98 * bound < layer.output.weight.abs().max().item() <= bound
+    assert not layer.output.bias.any()
+
+
+def test_industrial_parameters_start_as_published():
+    torch.manual_seed(0)
+    config = ModelConfig(**{**INDUSTRIAL, "width": 64, "qk_dim": 32, "value_dim": 32})
+    layer = HSTULayer(config, max_seq_len=8, mask=AttentionMask())
+    shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    assert shapes == {
+        "norm_input.weight": (64,),
+        "norm_input.bias": (64,),
+        "uvqk.weight": (256, 64),
+        "uvqk.bias": (256,),
+        "norm_attention.norm.weight": (64,),
+        "norm_attention.norm.bias": (64,),
+        "output.weight": (64, 192),
+    }
+    for weight, fans in ((layer.uvqk.weight, 64 + 256), (layer.output.weight, 64 + 192)):
+        bound = (6 / fans) ** 0.5
+        assert 0.98 * bound < weight.abs().max().item() <= bound
+    assert not layer.uvqk.bias.any()
+    assert layer.norm_input.weight.eq(1).all()
+    assert not layer.norm_input.bias.any()
+
+
+def test_group_norm_learns_one_scale_and_shift_per_head():
+    config = ModelConfig(**{**INDUSTRIAL, "norm": "group_norm"})
+    layer = HSTULayer(config, max_seq_len=8, mask=AttentionMask())
+    shapes = {name: tuple(p.shape) for name, p in layer.norm_attention.named_parameters()}
+    assert shapes == {"head_weight": (2, 1), "head_bias": (2, 1)}

@@ -1,0 +1,141 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ultrarec.model import losses
+from ultrarec.model.losses import full_softmax, multi_task_bce, normalize, sampled_softmax
+
+M, C, D = 37, 11, 6
+
+
+def vectors(count, seed, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return normalize(torch.randn(count, D, generator=generator, dtype=dtype)).requires_grad_()
+
+
+def labels(seed=0):
+    return torch.randint(0, C + 1, (M,), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same_gradients(got, expected, inputs):
+    got_gradients = torch.autograd.grad(got, inputs.values())
+    expected_gradients = torch.autograd.grad(expected, inputs.values())
+    for name, got_gradient, expected_gradient in zip(inputs, got_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(got_gradient, expected_gradient, rtol=1e-10, atol=1e-10, msg=f"gradient of {name}")
+
+
+@pytest.fixture(params=[1, 3 * C, 2**20], ids=["one row", "three rows", "all rows"])
+def chunk(request, monkeypatch):
+    """The result may not depend on how many rows' logits exist at once."""
+    monkeypatch.setitem(losses.LOGITS_PER_CHUNK, "cpu", request.param)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("temperature", [1.0, 0.05])
+def test_full_softmax_is_cross_entropy_over_the_catalogue(temperature):
+    users, catalogue, label = vectors(M, 1), vectors(C, 2), labels()
+    logits = users @ catalogue.T / temperature
+    expected = F.cross_entropy(logits[label > 0], label[label > 0] - 1, reduction="sum")
+    got = full_softmax(users, catalogue, label, temperature=temperature)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    assert_same_gradients(3 * got, 3 * expected, {"users": users, "catalogue": catalogue})
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("temperature", [1.0, 0.05])
+def test_sampled_softmax_is_cross_entropy_over_positive_and_other_candidates(temperature):
+    users, positives, candidates, label = vectors(M, 1), vectors(M, 2), vectors(C, 3), labels()
+    candidate_ids = torch.tensor([3, 5, 5, 20, 21, 22, 23, 1, 9, 10, 3])
+    expected = users.new_zeros(())
+    for m in range(M):
+        if label[m] == 0:
+            continue
+        others = [candidates[c] for c in range(C) if candidate_ids[c] != label[m]]
+        logits = torch.stack([positives[m], *others]) @ users[m] / temperature
+        expected = expected + logits.logsumexp(0) - logits[0]
+    got = sampled_softmax(
+        users, positives, candidates, labels_M=label, candidate_ids_C=candidate_ids, temperature=temperature
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    assert_same_gradients(got, expected, {"users": users, "positives": positives, "candidates": candidates})
+
+
+def test_sampled_softmax_over_the_whole_catalogue_is_the_full_softmax():
+    users, catalogue, label = vectors(M, 1), vectors(C, 2), labels()
+    sampled = sampled_softmax(
+        users,
+        catalogue[(label - 1).clamp(min=0)],
+        catalogue,
+        labels_M=label,
+        candidate_ids_C=torch.arange(1, C + 1),
+        temperature=0.1,
+    )
+    full = full_softmax(users, catalogue, label, temperature=0.1)
+    torch.testing.assert_close(sampled, full, rtol=1e-12, atol=0)
+    assert_same_gradients(sampled, full, {"users": users, "catalogue": catalogue})
+
+
+def test_softmax_of_tiny_temperature_stays_finite_in_float32():
+    users, catalogue = vectors(M, 1, torch.float32), vectors(C, 2, torch.float32)
+    loss = full_softmax(users, catalogue, labels(), temperature=1e-3)
+    loss.backward()
+    assert loss.isfinite()
+    assert users.grad.isfinite().all()
+    assert catalogue.grad.isfinite().all()
+
+
+def test_softmax_without_labels_is_zero_with_a_gradient_for_every_input():
+    users, positives, candidates = vectors(0, 1), vectors(0, 2), vectors(C, 3)
+    none = torch.zeros(0, dtype=torch.int64)
+    full = full_softmax(users, candidates, none, temperature=0.1)
+    sampled = sampled_softmax(
+        users, positives, candidates, labels_M=none, candidate_ids_C=torch.arange(C), temperature=0.1
+    )
+    (full + sampled).backward()
+    assert full == sampled == 0
+    assert users.grad.shape == positives.grad.shape == (0, D)
+    assert torch.equal(candidates.grad, torch.zeros(C, D, dtype=torch.float64))
+
+
+def test_softmax_under_autocast_is_computed_in_float32():
+    users, catalogue, label = vectors(M, 1, torch.float32), vectors(C, 2, torch.float32), labels()
+    expected = full_softmax(users, catalogue, label, temperature=0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = full_softmax(users, catalogue, label, temperature=0.05)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
+
+
+def test_softmax_holds_no_matrix_of_positions_and_items(monkeypatch):
+    rows = []
+    matmul = torch.Tensor.__matmul__
+
+    def watched(self, other):
+        out = matmul(self, other)
+        rows.append(out.numel())
+        return out
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    monkeypatch.setitem(losses.LOGITS_PER_CHUNK, "cpu", 4 * C)
+    full_softmax(vectors(M, 1), vectors(C, 2), labels(), temperature=1.0)
+    assert max(rows) <= 4 * C
+
+
+def test_multi_task_bce_is_the_mean_over_tasks_of_the_weighted_definition():
+    logits = torch.tensor([[0.3, -2.0], [40.0, 1.0]], dtype=torch.float64)
+    targets = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    weights = [1.0, 0.2]
+    expected = 0.0
+    for row, target in zip(logits.tolist(), targets.tolist(), strict=True):
+        for logit, label, weight in zip(row, target, weights, strict=True):
+            p = 1 / (1 + math.exp(-logit))
+            expected -= weight / 2 * (math.log(p) if label else -logit + math.log(p))
+    got = multi_task_bce(logits, targets, torch.tensor(weights, dtype=torch.float64))
+    assert got.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_normalize_divides_by_the_length_but_never_by_less_than_a_millionth():
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [3e-8, 4e-8]])
+    torch.testing.assert_close(normalize(x), torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.03, 0.04]]))
+    assert normalize(x.bfloat16()).dtype == torch.float32
