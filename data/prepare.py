@@ -10,7 +10,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from os import getpid
@@ -19,6 +19,8 @@ from pathlib import Path
 from .errors import UserError
 from .preparation.options import PrepareOptions
 from .schema import DatasetInfo, Roles
+
+__all__ = ["PrepareOptions", "Report", "add_arguments", "prepare", "run"]
 
 Report = Callable[[str], None]
 """Receives one line of progress."""
@@ -70,6 +72,7 @@ def _temporary_beside(out: Path) -> Iterator[Path]:
     if out.exists() or out.is_symlink():
         raise UserError(f"--out {out} exists already; nothing is overwritten: give a new folder, or remove that one")
     folder = out.with_name(f"{out.name}.tmp-{getpid()}")
+    new_parents = [parent for parent in folder.parents if not parent.exists()]
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -78,6 +81,9 @@ def _temporary_beside(out: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        for parent in new_parents:
+            with suppress(OSError):  # not empty: the dataset is complete
+                parent.rmdir()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -211,6 +211,8 @@ def _read_json(root: Path) -> dict[str, Any]:
 
 def _from_json(root: Path, raw: Mapping[str, Any]) -> DatasetInfo:
     roles = raw["roles"]
+    if "items" not in raw["vocabularies"]:
+        raise KeyError("vocabularies.items")
     return DatasetInfo(
         root=root,
         roles=Roles(**{**roles, "actions": tuple(roles["actions"])}),

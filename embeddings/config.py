@@ -12,7 +12,7 @@ Sharding = Literal["auto", "row_wise", "table_wise", "column_wise"]
 class EmbeddingOptimizerConfig(BaseModel):
     """The optimizer fused into the tables' backward pass."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: Literal["rowwise_adagrad", "adam"] = "rowwise_adagrad"
     lr: float = Field(default=0.01, gt=0)
@@ -25,7 +25,7 @@ class EmbeddingOptimizerConfig(BaseModel):
 class EmbeddingsConfig(BaseModel):
     """The `embeddings` section."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     dim: int = Field(gt=0)
     """Columns of every table. Stored rows are padded to a multiple of 4, the width of one fbgemm vector load."""

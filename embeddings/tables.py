@@ -27,15 +27,16 @@ def padded_dim(dim: int) -> int:
 def build_tables(
     config: EmbeddingsConfig, *, num_items: int, features: Mapping[str, FeatureConfig], item_keys: tuple[str, ...]
 ) -> list[EmbeddingConfig]:
-    """One table for items, and one for every hashed feature; row 0 of each stands for unknown.
+    """One table for items, and one for every hashed user feature; row 0 of each stands for unknown.
 
     Args:
         num_items: items of the vocabulary, with ids 1..num_items.
-        features: the recipe's features by name; categories and buckets are small and live in the model instead.
+        features: the recipe's features by name; all others have tables in the model instead.
         item_keys: keys of a batch's ids that are looked up in the item table.
     """
     rows = {ITEM_TABLE: num_items + 1}
-    rows |= {name: feature.num_values + 1 for name, feature in features.items() if feature.kind == "hash"}
+    hashed = {name: feature for name, feature in features.items() if feature.kind == "hash" and feature.role == "user"}
+    rows |= {name: feature.num_values + 1 for name, feature in hashed.items()}
     return [
         EmbeddingConfig(
             name=name,
@@ -62,6 +63,7 @@ def init_rows(out: Tensor, *, table: str, first_row: int, first_column: int, dim
         start = block * INIT_BLOCK_ROWS
         low, high = max(start, first_row), min(start + INIT_BLOCK_ROWS, first_row + num_rows)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{table}/{block}".encode()))
-        # Drawn from the block's first row on, so a shard that begins inside a block skips values, never shifts them.
-        values = torch.randn(high - start, dim, generator=generator)[low - start :] * std
+        # The whole block, since torch draws the last values of a tensor otherwise than those before: what a shard
+        # holds of a block must not depend on where the shard ends.
+        values = torch.randn(INIT_BLOCK_ROWS, dim, generator=generator)[low - start : high - start] * std
         out[low - first_row : high - first_row] = values[:, first_column : first_column + num_columns].to(out)

@@ -1,4 +1,4 @@
-"""The fused operations of ultrarec: each has one definition in plain torch and one implementation per kind of device."""
+"""The fused operations of ultrarec: each has its definition, and an implementation per kind of device."""
 
 from .hstu_attention import AttentionMask, RelativeBias, hstu_attention
 

@@ -1,1 +1,1 @@
-"""placeholder."""
+"""The `ultrarec` command, the TorchX component behind `ultrarec launch`, and the check of an installation."""

@@ -1,1 +1,1 @@
-"""placeholder."""
+"""HSTU over jagged histories: input encoders, layers, heads and losses; embeddings come in as an argument."""

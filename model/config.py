@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class ModelConfig(BaseModel):
     """The `model` section. The defaults are the layer of the HSTU paper (arXiv 2402.17152, section 3)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     width: int = Field(gt=0)
     """E, the width of a token inside the stack."""
@@ -35,7 +35,8 @@ class ModelConfig(BaseModel):
     attention_alpha: Literal["one", "rsqrt"] = "one"
     """Factor of <q, k>: 1 (research variant) or 1/sqrt(qk_dim) (industrial variant)."""
     relative_bias: Literal["none", "position", "position_time"] = "none"
-    """Bias added to the scores in every layer, shared by its heads."""
+    """Bias added to the scores in every layer, shared by its heads. It counts positions one by one, targets too: with
+    several targets per sample, later ones stand further from the history than they will when scored alone."""
     position_encoding: Literal["none", "from_start", "from_end"] = "none"
     """Learned vector per position added to the input: counted from the oldest token, or back from the end of the
     history (ranking only). Tokens are scaled by sqrt(width) first, as in both published variants."""
@@ -51,7 +52,7 @@ class ModelConfig(BaseModel):
 class ObjectiveConfig(BaseModel):
     """The `objective` section."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: Literal["ranking", "next_item"]
     tasks: tuple[str, ...] = ()

@@ -138,7 +138,9 @@ class HSTULayer(nn.Module):
         u_SV, v_SV, q_SK, k_SK = uvqk.split(self.widths, dim=-1)
         if not self.activate_all:
             u_SV = F.silu(u_SV)
-        v_SHD, q_SHD, k_SHD = (x.unflatten(-1, (self.num_heads, -1)) for x in (v_SV, q_SK, k_SK))
+        v_SHD, q_SHD, k_SHD = (
+            x.unflatten(1, (self.num_heads, x.shape[1] // self.num_heads)) for x in (v_SV, q_SK, k_SK)
+        )
         return u_SV, v_SHD, q_SHD, k_SHD
 
     def gate(self, u_SV: Tensor, a_SHD: Tensor) -> Tensor:

@@ -84,7 +84,8 @@ class Layout:
         """Timestamps [T] of the events as those of all tokens [S].
 
         Contextual tokens take the time of their sample's first event: no query is earlier, so none learns of a time
-        that lies ahead of it. In an empty sample they take any time, the same for all.
+        that lies ahead of it. In a sample without events they take 0.
         """
         first_times = torch.cat([times, times.new_zeros(1)])[self.event_offsets[:-1]]
+        first_times = first_times.masked_fill(self.event_offsets.diff() == 0, 0)
         return self.join(first_times[:, None].expand(-1, self.num_contextual), times)

@@ -51,9 +51,9 @@ def candidates_of(config: Config, info: DatasetInfo) -> Candidates | None:
         return None
     small = info.num_items <= objective.full_softmax_items
     full = objective.loss == "full_softmax" or (objective.loss == "auto" and small)
-    return Candidates(
-        kind="catalogue" if full else "sampled", num_items=info.num_items, num_negatives=objective.num_negatives
-    )
+    if full:
+        return Candidates(kind="catalogue", num_items=info.num_items)
+    return Candidates(kind="sampled", num_items=info.num_items, num_negatives=objective.num_negatives)
 
 
 def build_loader(

@@ -29,7 +29,7 @@ RECIPES = Path(__file__).parent / "recipes"
 class Section(BaseModel):
     """A frozen section that knows all its names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class OptimizerConfig(Section):
@@ -63,7 +63,7 @@ class TrainerConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` runs the dense forward pass under autocast; weights, norms and losses stay fp32."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of initial weights and dropout."""
     timeout_seconds: int = Field(default=600, gt=0)
     """How long a rank waits for the others before it gives up."""

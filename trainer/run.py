@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..data.errors import UserError
+from ..data.loader import Loader
 from . import checkpoint
 from .build import Sharded, build_loader, build_recommender, load_dataset, shard
 from .checkpoint import Trainable
@@ -91,13 +92,12 @@ def _trainable(config: Config, sharded: Sharded) -> Trainable:
     )
 
 
-def _total_steps(config: Config, loader: object) -> int:
+def _total_steps(config: Config, loader: Loader) -> int:
     """Updates of the whole run: what the epochs give, at most `trainer.max_steps`."""
     trainer = config.trainer
     if trainer.epochs is None:
         return trainer.max_steps or 0
-    batches = sum(loader.steps_per_epoch(epoch) for epoch in range(trainer.epochs))
-    steps = -(-batches // trainer.accumulate)
+    steps = sum(-(-loader.steps_per_epoch(epoch) // trainer.accumulate) for epoch in range(trainer.epochs))
     return min(steps, trainer.max_steps) if trainer.max_steps is not None else steps
 
 

@@ -63,7 +63,7 @@ def _scaled_loss(
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> Step | None:
-    """One update from `trainer.accumulate` batches, fewer at the end of the data; None when there is none left."""
+    """One update from `trainer.accumulate` batches, fewer at the end of an epoch; None when there is none left."""
     accumulate = run.config.trainer.accumulate
     lr = run.trainable.optimizer.begin(run.state.step)
     trained: list[Trained] = []
@@ -71,6 +71,8 @@ def train_step(run: Run, batches: Iterator[Batch]) -> Step | None:
         try:
             trained.append(run.pipeline.progress(batches))
         except StopIteration:
+            break
+        if trained[-1].batch.state.consumed == 0:  # the epoch is over, and no step belongs to two
             break
     if not trained:
         return None

@@ -58,6 +58,10 @@ def open_database(work: Path, *, memory_limit: str, threads: int | None) -> Iter
             f"--memory-limit {memory_limit} is too little for this log ({_first_line(error)}); "
             "raise it, lower --threads, or free disk space beside --out"
         ) from error
+    except RuntimeError as error:
+        if str(error) == "Query interrupted":  # what DuckDB makes of Ctrl-C
+            raise KeyboardInterrupt from error
+        raise
     finally:
         database.close()
 

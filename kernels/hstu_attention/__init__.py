@@ -2,6 +2,8 @@
 
 # T = events of all sequences, B = sequences, H = heads, D = head width (Dqk of queries and keys, Dv of values)
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,14 @@ from .mask import AttentionMask
 
 __all__ = ["AttentionMask", "RelativeBias", "hstu_attention"]
 
-IMPLEMENTATIONS = {"cpu": cpu.attention, "reference": reference.attention}
+CAUSAL = AttentionMask()
+
+# "auto" is "cpu" on every device: the blocked implementation is plain torch.
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "auto": cpu.attention,
+    "cpu": cpu.attention,
+    "reference": reference.attention,
+}
 
 
 def hstu_attention(
@@ -25,7 +34,7 @@ def hstu_attention(
     alpha: float | None = None,
     scale: float | Tensor | None = None,
     num_targets: Tensor | None = None,
-    mask: AttentionMask = AttentionMask(),  # noqa: B008 (frozen)
+    mask: AttentionMask = CAUSAL,
     bias: RelativeBias | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -34,9 +43,11 @@ def hstu_attention(
     Within each sequence `out_i = sum over visible j of scale_i * silu(alpha * <q_i, k_j> + bias_ij) v_j`.
 
     Args:
-        q, k: `[T, H, Dqk]`, float32, bfloat16 or float16 (float64 for checking gradients); strided views are fine.
+        q: `[T, H, Dqk]`, float32, bfloat16 or float16 (float64 for checking gradients); strided views are fine.
+        k: `[T, H, Dqk]`, same dtype.
         v: `[T, H, Dv]`, same dtype.
-        offsets: `[B + 1]`, int32 or int64, from 0 to T: sequence b is the events `offsets[b]` to `offsets[b + 1]`, maybe none.
+        offsets: `[B + 1]`, int32 or int64, from 0 to T: sequence b is the events `offsets[b]` up to `offsets[b + 1]`,
+            of which there may be none.
         max_seq_len: N, no sequence is longer; nothing of that size is padded or allocated.
         alpha: factor of the scores; `1 / sqrt(Dqk)` unless given.
         scale: factor of the attention weights, a number or one per query event `[T]`; `1 / max_seq_len` unless given.
@@ -44,7 +55,8 @@ def hstu_attention(
             history and themselves but not each other; none unless given.
         mask: which keys a query sees; causal unless given.
         bias: position and time bias added to the scores.
-        backend: "auto" chooses by device, "cpu" is the blocked implementation in plain torch, "reference" the definition.
+        backend: "cpu" is the blocked implementation in plain torch, "reference" the definition, "auto" the fastest for
+            the device.
 
     Returns:
         `[T, H, Dv]` in the dtype of v; differentiable in q, k, v, the weights of the bias, and scale if it is a tensor.
@@ -52,6 +64,8 @@ def hstu_attention(
     Raises:
         ValueError: a shape, dtype, device or value breaks the rules above, or the backend is unknown.
     """
+    if backend not in IMPLEMENTATIONS:
+        raise ValueError(f"backend={backend!r}; choose one of {sorted(IMPLEMENTATIONS)}")
     check_attention(q, k, v, offsets, num_targets=num_targets, max_seq_len=max_seq_len)
     if bias is not None:
         check_bias(bias, q=q, max_seq_len=max_seq_len)
@@ -60,7 +74,7 @@ def hstu_attention(
     else:
         value = 1.0 / max_seq_len if scale is None else scale
         scale = torch.full((q.shape[0],), value, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    return _implementation(backend)(
+    return IMPLEMENTATIONS[backend](
         q,
         k,
         v,
@@ -72,11 +86,3 @@ def hstu_attention(
         mask=mask,
         bias=bias,
     )
-
-
-def _implementation(backend: str) -> reference.Implementation:
-    if backend == "auto":
-        return cpu.attention
-    if backend not in IMPLEMENTATIONS:
-        raise ValueError(f"backend={backend!r}; choose one of {['auto', *sorted(IMPLEMENTATIONS)]}")
-    return IMPLEMENTATIONS[backend]

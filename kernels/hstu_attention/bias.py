@@ -31,27 +31,28 @@ class RelativeBias:
     timestamps: Tensor | None = None
     """`[T]` int64: when each event happened, in any unit."""
     query_timestamps: Tensor | None = None
-    """`[T]` int64: the time from which each query looks back, for instance that of the event it predicts; timestamps unless given."""
+    """`[T]` int64: from when each query looks back, such as the time of what it predicts; timestamps unless given."""
 
     def __post_init__(self) -> None:
         if self.position_weight is None and self.time_weight is None:
-            raise ValueError("RelativeBias has neither position_weight nor time_weight; give one, or leave the bias out")
+            raise ValueError("RelativeBias has no position_weight and no time_weight; give one, or leave the bias out")
         if self.time_weight is not None and self.timestamps is None:
             raise ValueError("RelativeBias has a time_weight but no timestamps; give the int64 time of every event")
         for name in ("position_weight", "time_weight"):
             weight = getattr(self, name)
             if weight is not None and (weight.dim() != 1 or weight.shape[0] == 0 or not weight.dtype.is_floating_point):
                 raise ValueError(
-                    f"RelativeBias {name} is {weight.dtype} of shape {tuple(weight.shape)}; it takes a floating point vector"
+                    f"RelativeBias {name} is {weight.dtype} of shape {tuple(weight.shape)}; it takes a vector of floats"
                 )
         for name in ("timestamps", "query_timestamps"):
             times = getattr(self, name)
             if times is not None and (times.dim() != 1 or times.dtype != torch.int64):
-                raise ValueError(f"RelativeBias {name} is {times.dtype} of shape {tuple(times.shape)}; it takes an int64 vector")
+                shape = tuple(times.shape)
+                raise ValueError(f"RelativeBias {name} is {times.dtype} of shape {shape}; it takes an int64 vector")
 
 
 def bucket_thresholds(num_buckets: int, device: torch.device) -> Tensor:
-    """int64: 0, then for each k in 1..num_buckets the smallest integer not below `exp(0.301 k)`, as far as int64 reaches."""
+    """0, then for each k in 1..num_buckets the smallest integer not below `exp(0.301 k)`, as far as int64 reaches."""
     return torch.tensor(_exact_thresholds(num_buckets), device=device)
 
 

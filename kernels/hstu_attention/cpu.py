@@ -1,12 +1,13 @@
 """The blocked implementation of HSTU attention in plain torch: forward, hand-written backward, and their registration.
 
-Scores exist one tile at a time, for a group of sequences of nearly one length; the backward computes them again from q and k.
+Scores exist one tile at a time, for a group of sequences of nearly one length; the backward computes them again.
 Sums run in float32 (float64 for float64 inputs), whatever the dtype of the inputs, and always in the same order.
 """
 
 # T = events of all sequences, H = heads, D = head width, G = sequences of a group, L = length of its longest,
 # M = G * H matrices of a group, P = packed rows of all groups, R = queries and C = keys of a tile
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,8 +70,19 @@ def _forward(
         for tile in scores.tiles(group):
             weights_MRC = tile.hide_(F.silu(scores.of_tile(tile, q_MLD, k_MLD), inplace=True))
             out_MLD[:, tile.rows].baddbmm_(weights_MRC, v_MLD[:, tile.keys])
-        out_MLD.mul_(group.pack_scale(scale))
+        out_MLD.mul_(group.pack_scale(scale).to(scores.dtype))
     return scores.packing.unpack(out_PD).to(v.dtype)
+
+
+@dataclass(frozen=True)
+class _PackedSums:
+    """What the backward sums up tile by tile, in packed rows `[P, D]`."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dscale: Tensor | None
+    """`[P, 1]`, per head; None if nobody asks for it."""
 
 
 @torch.library.custom_op("ultrarec::hstu_attention_cpu_backward", mutates_args=())
@@ -97,17 +109,18 @@ def _backward(
         q, k, offsets, num_targets, max_seq_len=max_seq_len, alpha=alpha, mask=AttentionMask(*rule), bias=bias
     )
     v, dout = v.contiguous(), dout.contiguous()
-    dq_PD, dk_PD, dv_PD = scores.zeros_like(q), scores.zeros_like(k), scores.zeros_like(v)
-    unscaled_PD = scores.zeros_like(v) if needs_dscale else None
+    sums = _PackedSums(
+        dq=scores.zeros_like(q),
+        dk=scores.zeros_like(k),
+        dv=scores.zeros_like(v),
+        dscale=scores.zeros_like(v[:, :, :1]) if needs_dscale else None,
+    )
     for group in scores.packing.groups:
-        unscaled_MLD = None if unscaled_PD is None else group.part_of(unscaled_PD)
-        parts = [group.part_of(x) for x in (dq_PD, dk_PD, dv_PD)]
-        _add_group_gradients(scores, group, v, dout, scale, *parts, unscaled_MLD)
-    dq, dk, dv = (scores.packing.unpack(x).to(q.dtype) for x in (dq_PD, dk_PD, dv_PD))
-    if unscaled_PD is None:
-        dscale = scale.new_empty(0)
-    else:
-        dscale = (scores.packing.unpack(unscaled_PD) * dout).sum((1, 2)).to(scale.dtype)
+        _add_group_gradients(scores, group, v, dout, scale, sums)
+    dq, dk, dv = (scores.packing.unpack(x).to(q.dtype) for x in (sums.dq, sums.dk, sums.dv))
+    dscale = scale.new_empty(0)
+    if sums.dscale is not None:
+        dscale = scores.packing.unpack(sums.dscale).sum((1, 2)).to(scale.dtype)
     dposition, dtime = q.new_empty(0), q.new_empty(0)
     if scores.bias is not None and position_weight is not None:
         dposition = scores.bias.position_grad.to(position_weight.dtype)
@@ -122,23 +135,23 @@ def _add_group_gradients(
     v: Tensor,
     dout: Tensor,
     scale: Tensor,
-    dq_MLD: Tensor,
-    dk_MLD: Tensor,
-    dv_MLD: Tensor,
-    unscaled_MLD: Tensor | None,
+    sums: _PackedSums,
 ) -> None:
-    """Add the gradients of a group to its packed sums, and to unscaled_MLD, if given, its output before the scale."""
+    """Add the gradients of a group to its part of the sums, and those of the bias to scores.bias."""
+    dq_MLD, dk_MLD, dv_MLD = (group.part_of(x) for x in (sums.dq, sums.dk, sums.dv))
     q_MLD, k_MLD = scores.queries_and_keys(group)
     v_MLD = group.pack(v).to(scores.dtype)
-    dout_MLD = group.pack(dout).to(scores.dtype) * group.pack_scale(scale)
+    dout_MLD, scale_ML1 = group.pack(dout).to(scores.dtype), group.pack_scale(scale).to(scores.dtype)
+    scaled_dout_MLD = dout_MLD * scale_ML1
     for tile in scores.tiles(group):
         rows, keys = tile.rows, tile.keys
         scores_MRC = scores.of_tile(tile, q_MLD, k_MLD)
         weights_MRC = tile.hide_(F.silu(scores_MRC))
-        dv_MLD[:, keys].baddbmm_(weights_MRC.mT, dout_MLD[:, rows])
-        if unscaled_MLD is not None:
-            unscaled_MLD[:, rows].baddbmm_(weights_MRC, v_MLD[:, keys])
-        dweights_MRC = torch.bmm(dout_MLD[:, rows], v_MLD[:, keys].mT)
+        dv_MLD[:, keys].baddbmm_(weights_MRC.mT, scaled_dout_MLD[:, rows])
+        products_MRC = torch.bmm(dout_MLD[:, rows], v_MLD[:, keys].mT)
+        if sums.dscale is not None:
+            group.part_of(sums.dscale)[:, rows] += (weights_MRC * products_MRC).sum(2, keepdim=True)
+        dweights_MRC = products_MRC.mul_(scale_ML1[:, rows])
         dscores_MRC = tile.hide_(torch.ops.aten.silu_backward(dweights_MRC, scores_MRC))
         if scores.bias is not None:
             scores.bias.add_gradient(tile.of_heads(dscores_MRC), rows, keys, tile.buckets)

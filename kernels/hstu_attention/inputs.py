@@ -1,7 +1,10 @@
 """What hstu_attention accepts. Shapes are checked by the public function, values by each implementation, because
-reading them would stop a device and cannot be traced by torch.compile."""
+reading them would stop a device and cannot be traced by torch.compile.
+"""
 
 # T = events of all sequences, B = sequences, H = heads, D = head width, N = max_seq_len
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -33,7 +36,10 @@ def check_attention(
     if num_targets is not None:
         _check_integers("num_targets", num_targets)
         if num_targets.shape[0] != offsets.shape[0] - 1:
-            raise ValueError(f"num_targets has {num_targets.shape[0]} entries; it takes one per sequence, {offsets.shape[0] - 1}")
+            num_sequences = offsets.shape[0] - 1
+            raise ValueError(
+                f"num_targets has {num_targets.shape[0]} entries; it takes one per sequence, {num_sequences}"
+            )
         tensors["num_targets"] = num_targets
     _check_devices(q, tensors)
 
@@ -41,18 +47,17 @@ def check_attention(
 def check_scale(scale: Tensor, *, q: Tensor) -> None:
     """Raise ValueError unless scale has one floating point number per event of q."""
     if tuple(scale.shape) != (q.shape[0],) or not scale.dtype.is_floating_point:
-        raise ValueError(
-            f"scale is {scale.dtype} of shape {tuple(scale.shape)}; it takes a number, or a floating point tensor ({q.shape[0]},)"
-        )
+        shape, wanted = tuple(scale.shape), (q.shape[0],)
+        raise ValueError(f"scale is {scale.dtype} of shape {shape}; it takes a number, or a tensor of floats {wanted}")
     _check_devices(q, {"scale": scale})
 
 
 def check_bias(bias: RelativeBias, *, q: Tensor, max_seq_len: int) -> None:
     """Raise ValueError unless the bias has 2 N - 1 position weights and a time for every event of q."""
-    if bias.position_weight is not None and bias.position_weight.shape[0] != 2 * max_seq_len - 1:
-        raise ValueError(
-            f"position_weight has {bias.position_weight.shape[0]} entries; max_seq_len={max_seq_len} takes {2 * max_seq_len - 1}"
-        )
+    num_offsets = 2 * max_seq_len - 1
+    if bias.position_weight is not None and bias.position_weight.shape[0] != num_offsets:
+        given = bias.position_weight.shape[0]
+        raise ValueError(f"position_weight has {given} entries; max_seq_len={max_seq_len} takes {num_offsets}")
     tensors = {}
     for name in ("position_weight", "time_weight", "timestamps", "query_timestamps"):
         x = getattr(bias, name)
@@ -67,18 +72,22 @@ def check_bias(bias: RelativeBias, *, q: Tensor, max_seq_len: int) -> None:
 def check_values(
     offsets: Tensor, num_targets: Tensor | None, *, num_events: int, max_seq_len: int
 ) -> tuple[list[int], list[int]]:
-    """The offsets `[B + 1]` and numbers of targets `[B]` as lists; ValueError if they do not describe num_events events."""
+    """Offsets `[B + 1]` and numbers of targets `[B]` as lists; ValueError unless they describe num_events events."""
     bounds: list[int] = offsets.tolist()
     if bounds[0] != 0 or bounds[-1] != num_events:
-        raise ValueError(f"offsets run from {bounds[0]} to {bounds[-1]}; they run from 0 to the number of events, {num_events}")
-    lengths = [end - start for start, end in zip(bounds, bounds[1:])]  # noqa: B905 (pairs)
+        raise ValueError(
+            f"offsets go from {bounds[0]} to {bounds[-1]}; they go from 0 to the number of events, {num_events}"
+        )
+    lengths = [end - start for start, end in pairwise(bounds)]
     targets: list[int] = [0] * len(lengths) if num_targets is None else num_targets.tolist()
     for b, (length, num) in enumerate(zip(lengths, targets, strict=True)):
         if not 0 <= length <= max_seq_len:
             remedy = "make offsets ascend" if length < 0 else "raise max_seq_len or shorten the sequence"
             raise ValueError(f"sequence {b} has {length} events, outside 0..{max_seq_len}=max_seq_len; {remedy}")
         if not 0 <= num <= length:
-            raise ValueError(f"num_targets[{b}]={num} is outside 0..{length}, the events of that sequence; correct num_targets")
+            raise ValueError(
+                f"num_targets[{b}]={num} is outside 0..{length}, the events it has; targets are part of their sequence"
+            )
     return bounds, targets
 
 

@@ -1,4 +1,4 @@
-"""Which keys a query sees: causal, semi-local, with candidates that ignore each other and contextual tokens in front."""
+"""Which keys a query sees: causal, semi-local, candidates that ignore each other, contextual tokens in front."""
 
 from dataclasses import dataclass, fields
 
@@ -12,8 +12,8 @@ class AttentionMask:
 
     Every token has an id: its position, except that all contextual tokens share the first id, and all targets share the
     last, the history end. A query sees itself and keys of smaller id; tokens of the same id do not see each other.
-    Contextual tokens see the whole history. The window is the semi-local attention of ULTRA-HSTU (arXiv 2602.16986); full_tail
-    and prefix are the two readings of its global part.
+    Contextual tokens see the whole history. The window is the local part of the semi-local attention of ULTRA-HSTU
+    (arXiv 2602.16986, equations 6 and 7); full_tail and prefix are the two readings of its global part.
     """
 
     window: int = 0
@@ -29,7 +29,7 @@ class AttentionMask:
         for field in fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, int) or value < 0:
-                raise ValueError(f"AttentionMask {field.name}={value!r} is not a count; use an integer, 0 to switch it off")
+                raise ValueError(f"AttentionMask {field.name}={value!r} is not a count; 0 switches it off")
 
     @property
     def depends_on_history_end(self) -> bool:
@@ -45,7 +45,7 @@ class AttentionMask:
 
         Args:
             rows: positions of queries in their sequence, integers `[..., R, 1]`.
-            keys: positions of keys in their sequence, integers `[..., 1, C]`. Behind the end of the sequence they are hidden from every query.
+            keys: positions of keys, integers `[..., 1, C]`; those behind the end of the sequence are hidden.
             history_end: `history_end` of the sequences, integers, broadcast against both.
 
         Returns:

@@ -6,7 +6,6 @@ Every other implementation is tested against this one, run in float64. It is the
 # T = events of all sequences, B = sequences, H = heads, D = head width, n = events of one sequence (t queries, s keys)
 
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,25 +14,6 @@ from torch import Tensor
 from .bias import RelativeBias, bucket_thresholds, time_buckets
 from .inputs import check_values
 from .mask import AttentionMask
-
-
-class Implementation(Protocol):
-    """What each entry of the table of implementations offers: inputs are checked for shape, defaults are filled in."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        offsets: Tensor,
-        *,
-        max_seq_len: int,
-        alpha: float,
-        scale: Tensor,
-        num_targets: Tensor | None,
-        mask: AttentionMask,
-        bias: RelativeBias | None,
-    ) -> Tensor: ...
 
 
 def attention(
@@ -49,7 +29,7 @@ def attention(
     mask: AttentionMask,
     bias: RelativeBias | None,
 ) -> Tensor:
-    """`out_i = sum over visible j of scale_i * silu(alpha * <q_i, k_j> + bias_ij) v_j`, of every sequence; see hstu_attention."""
+    """`out_i = sum over visible j of scale_i * silu(alpha * <q_i, k_j> + bias_ij) v_j`; see hstu_attention."""
     bounds, targets = check_values(offsets, num_targets, num_events=q.shape[0], max_seq_len=max_seq_len)
     outs = [v[:0]]
     for (start, end), num in zip(pairwise(bounds), targets, strict=True):

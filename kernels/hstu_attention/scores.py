@@ -1,7 +1,7 @@
 """The scores of HSTU attention a tile at a time, the same for forward and backward: bias, mask, and their order."""
 
-# T = events of all sequences, B = sequences, H = heads, D = head width, G = sequences of a group, L = length of its longest,
-# M = G * H matrices of a group, R = queries and C = keys of a tile
+# T = events of all sequences, H = heads, D = head width, P = packed rows of all groups, G = sequences of a group,
+# L = length of its longest, M = G * H matrices of a group, R = queries and C = keys of a tile
 
 from collections.abc import Iterator
 from dataclasses import dataclass

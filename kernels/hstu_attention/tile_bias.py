@@ -1,6 +1,6 @@
 """The relative bias of one tile of scores, and the gradient of its weights from the gradient of the scores."""
 
-# G = sequences of a group, H = heads, R = queries and C = keys of a tile, N = max_seq_len, K = time buckets beside bucket 0
+# G = sequences of a group, L = length of its longest, H = heads, R = queries and C = keys of a tile
 
 import torch
 import torch.nn.functional as F

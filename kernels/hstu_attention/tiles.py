@@ -15,9 +15,9 @@ class Visibility(Enum):
 
 
 def tile_visibility(mask: AttentionMask, rows: slice, keys: slice, history_end: int) -> Visibility:
-    """How much of the tile of queries rows.start to rows.stop and keys keys.start to keys.stop is visible in one sequence.
+    """How much of the tile of these queries and keys is visible in one sequence.
 
-    NONE and ALL are certain for every query of the sequence. Ids grow with the position, so corners bound a tile.
+    NONE and ALL are certain for every query of the sequence. Ids never fall with the position, so corners bound a tile.
     """
     first_row, last_row = _id(mask, rows.start, history_end), _id(mask, rows.stop - 1, history_end)
     first_key, last_key = _id(mask, keys.start, history_end), _id(mask, keys.stop - 1, history_end)

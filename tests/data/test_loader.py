@@ -11,6 +11,7 @@ import torch
 from ultrarec.data.config import DataConfig, FeatureConfig
 from ultrarec.data.errors import UserError
 from ultrarec.data.loader import Candidates, Loader, LoaderState, NextItemSampler, RankingSampler
+from ultrarec.data.reader import Reader
 from ultrarec.data.synthetic import random_histories, write_dataset
 
 NUM_ITEMS = 40
@@ -222,6 +223,20 @@ def test_a_loader_says_how_many_samples_and_steps_it_has(path, size):
     read = steps(path, **size)
     assert known.steps_per_epoch(0) == len(read)
     assert known.num_samples == len(every_sample(path))
+
+
+def test_every_step_of_every_epoch_is_compared_with_other_negatives(path):
+    drawn = [tuple(batch.ids["candidate"].values().tolist()) for batch in loader(path, NEXT_ITEM, epochs=2)]
+    assert len(set(drawn)) == len(drawn) > 2
+
+
+@pytest.mark.parametrize("size", [*SIZES, {"batch_rows": 10**6}])
+def test_each_row_group_is_decoded_once_in_an_epoch(path, monkeypatch, size):
+    decoded = Counter()
+    read = Reader.read
+    monkeypatch.setattr(Reader, "read", lambda reader, groups: decoded.update(groups.tolist()) or read(reader, groups))
+    assert len(list(loader(path, **size)))
+    assert decoded == Counter(range(15))
 
 
 def test_a_finished_run_has_no_batches_left(path):

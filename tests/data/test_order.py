@@ -64,6 +64,11 @@ def test_the_same_seed_and_epoch_give_the_same_order_and_others_another():
     assert sequence(order(seed=2), epoch=0) != first
 
 
+def test_epochs_differ_inside_a_window_too():
+    mixed = order(groups_per_window=99)
+    assert sequence(mixed, epoch=0) != sequence(mixed, epoch=1)
+
+
 def test_samples_of_different_rows_are_mixed_inside_a_window():
     rows = [row for row, _ in sequence(order(groups_per_window=99))]
     assert sum(a == b for a, b in itertools.pairwise(rows)) < len(rows) / 4

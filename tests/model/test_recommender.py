@@ -275,7 +275,9 @@ def test_next_item_evaluation_of_a_user_with_nothing_to_encode_is_a_zero_vector(
     torch.testing.assert_close(lengths, torch.tensor([float(walk.length > 0) for walk in walks], dtype=torch.float64))
 
 
-@VARIANTS
+@pytest.mark.parametrize(
+    "settings", [{**RESEARCH, "relative_bias": "none"}, INDUSTRIAL], ids=["research", "industrial"]
+)
 def test_a_target_scores_alone_as_it_does_beside_others(settings, features, actions, samples, collate, tables):
     model, rows = make(settings, RANKING, features, actions), tables(E)
     together = samples[1]

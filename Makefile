@@ -1,0 +1,67 @@
+# `make train` and `make test` work on a fresh machine with Python 3.11 (3.10 and 3.12 should do) and make.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# CUDA stack where an NVIDIA driver answers, else CPU; `make FLAVOUR=cpu …` decides otherwise.
+FLAVOUR := $(shell nvidia-smi > /dev/null 2>&1 && echo cuda || echo cpu)
+FBGEMM := $(if $(filter cuda,$(FLAVOUR)),fbgemm-gpu,fbgemm-gpu-cpu)
+OTHER_FBGEMM := $(if $(filter cuda,$(FLAVOUR)),fbgemm-gpu-cpu,fbgemm-gpu)
+
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+PYTHON := $(shell for python in python3.11 python3 python3.12 python3.10; do \
+	$$python -c '$(SUPPORTED)' 2> /dev/null && echo $$python && break; done)
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed-$(FLAVOUR)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RECIPE := hstu_kuairand_sample
+SAMPLE := datasets/kuairand_sample
+
+.PHONY: help env train test lint types format clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+env: $(INSTALLED) ## Make .venv and install everything, pinned; does nothing when that is done
+
+train: $(INSTALLED) $(SAMPLE)/dataset.json ## Train the sample recipe on two processes; again continues the run
+	$(BIN)/ultrarec launch $(RECIPE) --scheduler local_cwd -j 1x2 --out runs/$(RECIPE)
+
+test: $(INSTALLED) ## Run all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## Format, and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(INSTALLED) ## Check types
+	$(BIN)/mypy
+
+clean: ## Remove the environment and all caches; datasets and runs stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml setup.py constraints/$(FLAVOUR).txt
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "error: no Python 3.10 to 3.12 found; install python3.11, or say make PYTHON=/path/to/python3.11"; exit 1; fi
+	@$(PYTHON) -c '$(SUPPORTED)' || { echo "error: $(PYTHON) is not Python 3.10 to 3.12"; exit 1; }
+	@echo "Installing the $(FLAVOUR) stack into .venv; the first time takes a few minutes"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -qq --constraint constraints/$(FLAVOUR).txt --editable '.[dev]'
+	@# The two builds of fbgemm share one folder, and torchrec asks for the CUDA build by name: hence one, then no
+	@# requirements.
+	@if $(PIP) show --quiet $(OTHER_FBGEMM) 2> /dev/null; then $(PIP) uninstall --quiet --yes $(OTHER_FBGEMM) $(FBGEMM); fi
+	$(PIP) install -qq --no-deps --constraint constraints/$(FLAVOUR).txt $(FBGEMM) torchrec
+	@rm -f .venv/.installed-* && touch $@
+
+$(SAMPLE)/dataset.json: | $(INSTALLED)
+	$(BIN)/ultrarec prepare sample:kuairand --out $(SAMPLE) --user user_id --item item_id --time time_ms \
+		--split-time 1651330969569 \
+		--action is_click --action is_like --action is_follow --action is_comment --action is_forward \
+		--action is_hate --action long_view --action is_profile_enter \
+		--column play_time_ms --column duration_ms --column tab

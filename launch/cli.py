@@ -1,0 +1,177 @@
+"""The `ultrarec` command. Each subcommand imports what it needs only when it is the one called."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+Run = Callable[[argparse.Namespace], int]
+
+
+def prepare(parser: argparse.ArgumentParser) -> Run:
+    """Interaction log -> prepared dataset."""
+    from ..data import prepare
+
+    prepare.add_arguments(parser)
+    return prepare.run
+
+
+def train(parser: argparse.ArgumentParser) -> Run:
+    """Train a recipe in the process group that is there, or in this one process."""
+    from ..trainer import __main__
+
+    __main__.add_arguments(parser)
+    return __main__.run
+
+
+def evaluate(parser: argparse.ArgumentParser) -> Run:
+    """Held-out metrics of a checkpoint."""
+    from ..trainer import evaluate_command
+
+    evaluate_command.add_arguments(parser)
+    return evaluate_command.run
+
+
+def launch(parser: argparse.ArgumentParser) -> Run:
+    """Hand a recipe to a scheduler."""
+    from . import launcher
+
+    launcher.add_arguments(parser)
+    return launcher.run
+
+
+def checkpoint(parser: argparse.ArgumentParser) -> Run:
+    """Look at checkpoints."""
+    from ..trainer import checkpoint_command
+
+    checkpoint_command.add_arguments(parser)
+    return checkpoint_command.run
+
+
+def doctor(parser: argparse.ArgumentParser) -> Run:
+    """Check the installation."""
+    from . import doctor
+
+    doctor.add_arguments(parser)
+    return doctor.run
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: how it is mounted, and what `--help` says about it."""
+
+    mount: Callable[[argparse.ArgumentParser], Run]
+    summary: str
+    examples: str
+
+
+COMMANDS = {
+    "prepare": Command(
+        prepare,
+        "turn an interaction log (Parquet or CSV) into a prepared dataset",
+        """\
+  ultrarec prepare log/*.parquet --out datasets/shop --user user_id --item item_id --time ts --leave-last 1
+  ultrarec prepare log.csv --out datasets/feed --user uid --item vid --time time_ms \\
+      --split-time 1651330969569 --action is_click --action is_like --column play_time_ms""",
+    ),
+    "train": Command(
+        train,
+        "train a recipe here: joins the process group it finds, else one process",
+        """\
+  ultrarec train hstu_kuairand_sample
+  ultrarec train my_run.toml --out runs/my_run --set trainer.max_steps=100 --set optimizer.lr=0.003
+  torchrun --nproc-per-node 2 -m ultrarec.trainer hstu_kuairand_sample --out runs/two
+The same command again continues the run from its newest complete checkpoint.""",
+    ),
+    "evaluate": Command(
+        evaluate,
+        "held-out metrics of a checkpoint of a run",
+        """\
+  ultrarec evaluate runs/hstu_kuairand_sample
+  ultrarec evaluate runs/hstu_kuairand_sample --checkpoint best""",
+    ),
+    "launch": Command(
+        launch,
+        "run a recipe through TorchX: on this machine or on a cluster",
+        """\
+  ultrarec launch hstu_kuairand_sample --scheduler local_cwd -j 1x2
+  ultrarec launch my_run.toml --scheduler slurm -j 4x8 --scheduler-arg partition=gpu --out /shared/runs/my_run
+  ultrarec launch hstu_kuairand_sample --scheduler kubernetes -j 2x8 --dryrun""",
+    ),
+    "checkpoint": Command(
+        checkpoint,
+        "list, verify or inspect the checkpoints of a run",
+        """\
+  ultrarec checkpoint list runs/hstu_kuairand_sample
+  ultrarec checkpoint verify runs/hstu_kuairand_sample""",
+    ),
+    "doctor": Command(
+        doctor,
+        "check this installation; name each fault and its remedy",
+        "  ultrarec doctor",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ultrarec`.
+
+    Returns:
+        The exit code: 0 done, 1 the command's own negative answer, 2 the user can mend it, 130 after Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser, runs = _parser(argv)
+    args = parser.parse_args(argv)
+    try:
+        return runs[args.command](args)
+    except ValueError as error:
+        if not _is_for_the_user(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # `ultrarec … | head` has seen enough; the interpreter's last flush must not complain about it either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, Run]]:
+    """The parser, with the arguments of the one subcommand that `argv` names, and how to run that one."""
+    parser = argparse.ArgumentParser(
+        prog="ultrarec",
+        description="Train large sequential recommenders on sharded embeddings, and lose nothing.",
+        epilog="`ultrarec COMMAND --help` shows the arguments of a command, and examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"ultrarec {version('ultrarec')}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    named = next((word for word in argv if not word.startswith("-")), None)
+    runs: dict[str, Run] = {}
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            epilog=f"examples:\n{command.examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == named:
+            runs[name] = command.mount(subparser)
+    return parser, runs
+
+
+def _is_for_the_user(error: ValueError) -> bool:
+    from pydantic import ValidationError
+
+    from ..data.errors import UserError
+
+    return isinstance(error, (UserError, ValidationError))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

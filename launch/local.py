@@ -1,0 +1,201 @@
+"""A launch on this machine: start it, show what its first rank says, hand on Ctrl-C, and explain how it ended."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ..data.errors import UserError
+from . import application, processes
+
+if TYPE_CHECKING:
+    from torchx.runner import Runner
+    from torchx.specs import AppDef
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 45.0
+"""For an orderly end after a signal. torchrun gives its processes 30 s before it kills them; it must outlive that."""
+STRAGGLER_SECONDS = 60.0
+"""How long the other nodes may run on after one has ended."""
+LAST_LINES = 30
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now; a fixed one would keep two launches from running at once."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def prepare(app: AppDef, size: application.Size) -> None:
+    """Divide this machine's cores among all processes, whatever a node of the recipe has; the user's own value wins."""
+    cores = len(os.sched_getaffinity(0))
+    threads = str(max(1, cores // (size.nodes * size.procs)))
+    app.roles[0].env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
+
+
+def options(app: AppDef, out: Path) -> dict[str, Any]:
+    """Options for TorchX's local scheduler: logs in the run folder, the machine's GPUs divided among its nodes."""
+    return {"log_dir": str(out / "logs"), "auto_set_cuda_visible_devices": app.roles[0].resource.gpu > 0}
+
+
+def run(runner: Runner, request: Any, *, out: Path, size: application.Size) -> int:
+    """Run a dry-run request to its end.
+
+    Returns:
+        0 when the job succeeded; else the exit code of the process that failed first, 128 + N for signal N.
+    """
+    app_id = request.request.app_id
+    agents = [Path(folder) for folder in request.request.role_log_dirs[application.ROLE]]
+    followed = [_FirstRank(application.rank_logs(out, app_id, node)) for node in range(size.nodes)]
+    print(f"{app_id}: {size.nodes} x {size.procs} processes on this machine, run folder {out}", flush=True)
+    with _caught_signals() as caught:
+        try:
+            handle = runner.schedule(request)
+        except OSError as error:
+            raise UserError(f"cannot write the logs below {out}: {error.strerror}; choose another --out") from None
+        try:
+            succeeded = _wait(runner, handle, followed, caught, num_nodes=size.nodes)
+        finally:
+            processes.stop_all(
+                caught[0] if caught else signal.SIGTERM,
+                grace_seconds=GRACE_SECONDS,
+                meanwhile=lambda: _show(followed),
+            )
+            _show(followed)
+    if caught:
+        print(f"stopped by {signal.Signals(caught[0]).name}; the same command continues the run", file=sys.stderr)
+        return 128 + caught[0]
+    return 0 if succeeded else _explain(agents, out=out, app_id=app_id)
+
+
+@contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM end up in a list instead of ending this process, which still has children to stop."""
+    caught: list[int] = []
+
+    def remember(signum: int, frame: FrameType | None) -> None:
+        caught.append(signum)
+
+    previous = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def _wait(runner: Runner, handle: str, followed: list[_FirstRank], caught: list[int], *, num_nodes: int) -> bool:
+    """Show the job until it ends or a signal arrives; True when it succeeded."""
+    from torchx.specs import AppState, is_terminal
+
+    whole_until = time.monotonic()
+    while not caught:
+        status = runner.status(handle)
+        _show(followed)
+        if status is None or is_terminal(status.state):
+            return status is not None and status.state == AppState.SUCCEEDED
+        now = time.monotonic()
+        if len(processes.children()) == num_nodes:
+            whole_until = now
+        elif now - whole_until > STRAGGLER_SECONDS:
+            return False
+        time.sleep(POLL_SECONDS)
+    return False
+
+
+def _show(followed: list[_FirstRank]) -> None:
+    for rank in followed:
+        rank.show()
+
+
+class _FirstRank:
+    """Copies what the first process of a node writes to this process's own stdout and stderr, as it comes."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._sinks = {"stdout.log": sys.stdout, "stderr.log": sys.stderr}
+        self._files: dict[str, BinaryIO] = {}
+
+    def show(self) -> None:
+        for name, sink in self._sinks.items():
+            if name not in self._files and (path := next(self._logs.glob(f"*/attempt_0/0/{name}"), None)):
+                self._files[name] = path.open("rb")
+            if name in self._files and (new := self._files[name].read()):
+                sink.write(new.decode("utf-8", errors="replace"))
+                sink.flush()
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """The process that torchrun names as the first to fail."""
+
+    time: str
+    node: int
+    rank: int
+    local_rank: int
+    exit_code: int
+
+    PATTERN = re.compile(
+        r"Root Cause.*?time\s*:\s*(?P<time>\S+).*?rank\s*:\s*(?P<rank>\d+) \(local_rank: (?P<local>\d+)\)"
+        r".*?exitcode\s*:\s*(?P<code>-?\d+)",
+        re.DOTALL,
+    )
+
+    @classmethod
+    def first(cls, agents: list[Path]) -> _Failure | None:
+        """The earliest failure in the logs of the nodes' launchers, or None when none of them names one."""
+        found = []
+        for node, folder in enumerate(agents):
+            match = cls.PATTERN.search(_read(folder / "stderr.log"))
+            if match:
+                numbers = {
+                    "rank": int(match["rank"]),
+                    "local_rank": int(match["local"]),
+                    "exit_code": int(match["code"]),
+                }
+                found.append(cls(time=match["time"], node=node, **numbers))
+        return min(found, key=lambda failure: failure.time, default=None)
+
+    def how(self) -> str:
+        if self.exit_code < 0:
+            return f"was killed by {signal.Signals(-self.exit_code).name}"
+        return f"ended with exit code {self.exit_code}"
+
+
+def _explain(agents: list[Path], *, out: Path, app_id: str) -> int:
+    """Say which process failed first, its last words and where all logs are; returns the exit code for this launch."""
+    logs = out / "logs" / app_id
+    failure = _Failure.first(agents)
+    if failure is None:
+        words = _last_lines(agents)
+        print(f"error: the launcher failed; its last lines:\n{words}\nlogs: {agents[0].parent}", file=sys.stderr)
+        return 1
+    # What the first rank of a node said is on the screen already.
+    if failure.local_rank > 0:
+        folders = sorted(application.rank_logs(out, app_id, failure.node).glob(f"*/attempt_*/{failure.local_rank}"))
+        print(f"last lines of rank {failure.rank}:\n{_last_lines(folders)}", file=sys.stderr)
+    print(
+        f"error: rank {failure.rank} on node {failure.node} {failure.how()}; logs of all ranks: {logs}", file=sys.stderr
+    )
+    return failure.exit_code if failure.exit_code > 0 else 128 - failure.exit_code
+
+
+def _last_lines(folders: list[Path]) -> str:
+    lines = [line for folder in folders for line in _read(folder / "stderr.log").splitlines()]
+    return "\n".join(f"  {line}" for line in lines[-LAST_LINES:]) or "  (none)"
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""

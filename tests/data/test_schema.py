@@ -1,0 +1,118 @@
+import dataclasses
+import json
+
+import pytest
+from ultrarec.data.errors import UserError
+from ultrarec.data.schema import (
+    DATASET_FILE,
+    Column,
+    Counts,
+    DatasetInfo,
+    HistoryFile,
+    Roles,
+    SourceFile,
+    Split,
+    Vocabulary,
+)
+
+
+@pytest.fixture
+def info(tmp_path):
+    return DatasetInfo(
+        root=tmp_path,
+        roles=Roles(user="user_id", item="item_id", time="time_ms", actions=("is_click", "long_view")),
+        columns={"tab": Column(kind="event", type="int8"), "city": Column(kind="user", type="string")},
+        vocabularies={"items": Vocabulary(size=7, path="items.parquet")},
+        counts=Counts(
+            users=2, events=9, items=7, train_events=5, validation_events=0, test_events=4, unknown_item_events=1
+        ),
+        split=Split(kind="split_time", time=1651330969569),
+        files=(HistoryFile(path="histories/part-00000.parquet", rows=2, row_groups=1, bytes=123),),
+        sources=(SourceFile(path="lög.parquet", bytes=45),),
+        created_by="ultrarec 0.1.0",
+    )
+
+
+def edit(root, **changes):
+    path = root / DATASET_FILE
+    raw = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in raw.items() if value is not None}))
+
+
+def test_what_is_written_is_read_back(info):
+    info.write()
+    assert DatasetInfo.load(info.root) == info
+    assert DatasetInfo.load(str(info.root)) == info
+
+
+def test_the_file_is_written_whole_or_not_at_all(info):
+    info.write()
+    before = (info.root / DATASET_FILE).read_text()
+    broken = dataclasses.replace(info, created_by=object())
+    with pytest.raises(TypeError):
+        broken.write()
+    assert (info.root / DATASET_FILE).read_text() == before
+
+
+def test_a_dataset_can_be_moved(info, tmp_path_factory):
+    info.write()
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "dataset"
+    info.root.rename(elsewhere)
+    assert DatasetInfo.load(elsewhere).history_paths == [elsewhere / "histories/part-00000.parquet"]
+
+
+def test_columns_are_told_apart_by_kind(info):
+    assert (info.event_columns, info.user_columns, info.num_items) == (["tab"], ["city"], 7)
+
+
+def test_the_split_lists_only_what_its_kind_uses(info):
+    info.write()
+    assert json.loads((info.root / DATASET_FILE).read_text())["split"] == {"kind": "split_time", "time": 1651330969569}
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere does not exist; make it with `ultrarec prepare"):
+        DatasetInfo.load(tmp_path / "nowhere")
+
+
+def test_a_folder_without_the_file_is_not_a_dataset(tmp_path):
+    with pytest.raises(UserError, match=r"is not a prepared dataset: it has no dataset.json; give the folder"):
+        DatasetInfo.load(tmp_path)
+
+
+def test_a_file_in_place_of_the_folder_is_not_a_dataset(tmp_path):
+    (tmp_path / "log.csv").touch()
+    with pytest.raises(UserError, match=r"log.csv is not a prepared dataset"):
+        DatasetInfo.load(tmp_path / "log.csv")
+
+
+def test_a_newer_version_asks_for_an_upgrade(info):
+    info.write()
+    edit(info.root, schema_version=2)
+    with pytest.raises(UserError, match="schema_version=2, but this ultrarec reads up to 1; upgrade ultrarec"):
+        DatasetInfo.load(info.root)
+
+
+@pytest.mark.parametrize("version", [None, 0, "1"])
+def test_a_file_without_a_version_is_refused(info, version):
+    info.write()
+    edit(info.root, schema_version=version)
+    with pytest.raises(UserError, match=f"schema_version={version!r} is not a version; prepare it again"):
+        DatasetInfo.load(info.root)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"counts": None}, {"files": [{}]}, {"roles": {"user": "u"}}, {"columns": []}, {"vocabularies": {}}]
+)
+def test_a_damaged_file_is_refused(info, changes):
+    info.write()
+    edit(info.root, **changes)
+    with pytest.raises(UserError, match=r"dataset.json is damaged .*; prepare the dataset again"):
+        DatasetInfo.load(info.root)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read"), ("[]", "holds no JSON object")])
+def test_a_file_that_is_not_json_is_refused(tmp_path, text, message):
+    (tmp_path / DATASET_FILE).write_text(text)
+    with pytest.raises(UserError, match=f"{message}.*; prepare the dataset again"):
+        DatasetInfo.load(tmp_path)

@@ -1,0 +1,266 @@
+"""Sharded tables hold, look up and learn what one plain table would, whatever the plan."""
+
+# R = rows, D = stored columns, E = ids looked up
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from process_group import run_ranks
+from torch import Tensor, nn
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from ultrarec.data.config import FeatureConfig
+from ultrarec.data.errors import UserError
+from ultrarec.embeddings import tables
+from ultrarec.embeddings.config import EmbeddingOptimizerConfig, EmbeddingsConfig
+from ultrarec.embeddings.lookup import Lookup, init_tables
+from ultrarec.embeddings.plan import describe_plan, make_plan
+from ultrarec.embeddings.tables import build_tables, init_rows, padded_dim
+
+NUM_ITEMS = 45
+FEATURES = {"user_id": FeatureConfig(kind="hash", role="user", num_values=30)}
+CPU = torch.device("cpu")
+WIDE = 254
+"""TorchRec cuts columns into pieces of at least 128: two of them, and padding in the second."""
+
+Shards = list[tuple[str, int, int, "np.ndarray[Any, Any]"]]
+"""Arrays, since a tensor sent between processes lives only as long as its sender."""
+
+
+def shard(config: EmbeddingsConfig, *, std: float = 0.1, seed: int = 3) -> tuple[DistributedModelParallel, str]:
+    """A lookup of items and users on this rank, and the page that describes its plan."""
+    needed = build_tables(config, num_items=NUM_ITEMS, features=FEATURES, item_keys=("item", "candidate"))
+    lookup = Lookup(needed, dim=config.dim)
+    plan, sharder = make_plan(lookup, config, device=CPU)
+    parallel = DistributedModelParallel(lookup, device=CPU, plan=plan, sharders=[sharder])
+    init_tables(parallel, std=std, seed=seed)
+    return parallel, describe_plan(plan, config)
+
+
+def local_shards(parallel: nn.Module) -> Shards:
+    """Table, first row, first column and values of everything this rank holds."""
+    return [
+        (fqn.split(".")[-2], *part.metadata.shard_offsets, part.tensor.detach().numpy().copy())
+        for module in parallel.modules()
+        if isinstance(module, ShardedEmbeddingCollection)
+        for fqn, weight in module.state_dict().items()
+        for part in weight.local_shards()
+    ]
+
+
+def whole(ranks: list[Shards]) -> dict[str, Tensor]:
+    """The tables that the shards of all ranks make; NaN where no shard lies, an error where two do."""
+    rows = {"item": NUM_ITEMS + 1, "user_id": 31}
+    columns = max(column + part.shape[1] for shards in ranks for _, _, column, part in shards)
+    full = {name: torch.full((count, columns), torch.nan) for name, count in rows.items()}
+    for name, row, column, part in (piece for shards in ranks for piece in shards):
+        place = full[name][row : row + part.shape[0], column : column + part.shape[1]]
+        assert place.isnan().all(), f"two shards of {name} overlap"
+        place.copy_(torch.from_numpy(part))
+    return full
+
+
+def initial_shards(dims_and_plans: list[tuple[int, dict[str, Any]]], block_rows: int) -> list[tuple[Shards, str]]:
+    tables.INIT_BLOCK_ROWS = block_rows
+    made = [shard(EmbeddingsConfig(dim=dim, sharding=sharding)) for dim, sharding in dims_and_plans]
+    return [(local_shards(parallel), plan) for parallel, plan in made]
+
+
+PLANS = [
+    (6, {}),
+    (6, {"item": "row_wise", "user_id": "table_wise"}),
+    (6, {"item": "table_wise", "user_id": "row_wise"}),
+    (WIDE, {"item": "column_wise", "user_id": "row_wise"}),
+    (WIDE, {"item": "row_wise", "user_id": "column_wise"}),
+]
+
+
+@pytest.fixture(scope="module", params=[65_536, 7], ids=["one block", "blocks of 7 rows"])
+def initial(request):
+    """By world size: for every plan, what each rank holds at first and the plan's page."""
+    return {n: list(zip(*run_ranks(initial_shards, PLANS, request.param, world_size=n), strict=True)) for n in (1, 2, 3)}
+
+
+def test_every_plan_on_every_world_size_starts_from_the_same_rows(initial):
+    for dim in (6, WIDE):
+        tables_of = {
+            (n, k): whole([shards for shards, _ in ranks])
+            for n, plans in initial.items()
+            for k, ranks in enumerate(plans)
+            if PLANS[k][0] == dim
+        }
+        first = tables_of[1, 0 if dim == 6 else 3]
+        assert all(not table.isnan().any() for table in first.values())
+        for (n, k), found in tables_of.items():
+            for name, table in found.items():
+                assert torch.equal(table, first[name]), f"{name} on {n} ranks, plan {PLANS[k]}"
+
+
+def test_initial_rows_are_normal_and_differ_by_table_and_row(initial):
+    full = whole([shards for shards, _ in initial[1][3]])
+    item = full["item"]
+    assert float(item.std()) == pytest.approx(0.1, rel=0.03)
+    assert abs(float(item.mean())) < 0.003
+    assert len(torch.unique(item, dim=0)) == len(item)
+    assert not torch.equal(item[:31], full["user_id"])
+
+
+def test_the_plan_honours_the_recipe_and_names_every_shard(initial):
+    for n, plans in initial.items():
+        for (_, sharding), ranks in zip(PLANS, plans, strict=True):
+            assert len({page for _, page in ranks}) == 1, "ranks disagree about the plan"
+            lines = {line.split()[0]: line for line in ranks[0][1].splitlines()[1:]}
+            for rank, (shards, _) in enumerate(ranks):
+                for name, row, column, part in shards:
+                    if part.size:
+                        assert f"{rank} [{part.shape[0]} x {part.shape[1]} at {row}, {column}]" in lines[name]
+            assert lines.keys() == {"item", "user_id"}
+            for name, kind in sharding.items():
+                assert lines[name].split()[1] == kind, f"{name} on {n} ranks"
+                assert "recipe" in lines[name]
+
+
+def test_column_wise_tables_are_really_cut_into_columns(initial):
+    for n in (2, 3):
+        held = [shards for shards, _ in initial[n][3]]
+        columns = {column for shards in held for name, _, column, _ in shards if name == "item"}
+        assert columns == {0, 128}
+
+
+def test_an_init_block_is_the_same_whichever_part_of_it_a_shard_holds():
+    def rows(first, last, *, columns=slice(None)):
+        out = torch.empty(last - first, 8)[:, columns]
+        init_rows(out, table="t", first_row=first, first_column=columns.start or 0, dim=8, std=1.0, seed=1)
+        return out
+
+    everything = rows(0, 70)
+    for first in range(0, 70, 3):
+        for last in range(first, 71):
+            assert torch.equal(rows(first, last), everything[first:last]), f"rows {first} to {last}"
+    assert torch.equal(rows(5, 40, columns=slice(4, 8)), everything[5:40, 4:8])
+
+
+@pytest.mark.parametrize(("dim", "stored"), [(1, 4), (4, 4), (6, 8), (50, 52), (254, 256)])
+def test_stored_rows_are_padded_to_vectors_of_four(dim, stored):
+    assert padded_dim(dim) == stored
+
+
+def test_hashed_user_features_have_a_table_and_other_features_none():
+    features = FEATURES | {
+        "tab": FeatureConfig(kind="category", role="event", num_values=5),
+        "author": FeatureConfig(kind="hash", role="event", num_values=99),
+    }
+    made = build_tables(EmbeddingsConfig(dim=6), num_items=NUM_ITEMS, features=features, item_keys=("item",))
+    assert [(t.name, t.num_embeddings, t.embedding_dim) for t in made] == [("item", 46, 8), ("user_id", 31, 8)]
+
+
+def request(rank: int, step: int) -> KeyedJaggedTensor:
+    """Uneven ids of every key with duplicates, other ones on each rank; the last rank of several has no items."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    counts = [0 if rank == 2 else 9 + 4 * rank, 3, 5]
+    ids = [torch.randint(0, limit, (count,), generator=generator) for count, limit in zip(counts, (46, 31, 46), strict=True)]
+    parts = [ids[0], ids[2], ids[1]]
+    lengths = [[len(part) - len(part) // 2, len(part) // 2] for part in parts]
+    return KeyedJaggedTensor(
+        keys=["item", "candidate", "user_id"], values=torch.cat(parts), lengths=torch.tensor(lengths).flatten()
+    )
+
+
+def looked_up(dims_and_plans: list[tuple[int, dict[str, Any]]]) -> list[tuple[Shards, dict[str, Any]]]:
+    made = [shard(EmbeddingsConfig(dim=dim, sharding=sharding))[0] for dim, sharding in dims_and_plans]
+    rank = dist.get_rank()
+    return [(local_shards(p), {k: v.detach().numpy() for k, v in p(request(rank, 0)).items()}) for p in made]
+
+
+TABLE_OF = {"item": "item", "candidate": "item", "user_id": "user_id"}
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_lookup_is_plain_indexing(world_size):
+    for k, ranks in enumerate(zip(*run_ranks(looked_up, PLANS, world_size=world_size), strict=True)):
+        dim, full = PLANS[k][0], whole([shards for shards, _ in ranks])
+        for rank, (_, vectors) in enumerate(ranks):
+            asked = request(rank, 0).to_dict()
+            assert vectors.keys() == TABLE_OF.keys()
+            for key, values in vectors.items():
+                expected = full[TABLE_OF[key]][asked[key].values(), :dim]
+                assert torch.equal(torch.from_numpy(values), expected), f"{key} on rank {rank}, plan {PLANS[k]}"
+
+
+NUM_STEPS = 4
+RATES = [0.05, 0.1, 0.02, 0.05]
+ADAGRAD = EmbeddingOptimizerConfig(lr=0.05, eps=1e-3)
+
+
+def coefficients(rank: int, step: int, key: str, shape: torch.Size) -> Tensor:
+    """What the loss multiplies the looked-up vectors with, that is, their gradient."""
+    generator = torch.Generator().manual_seed(10_000 + 100 * step + 10 * rank + list(TABLE_OF).index(key))
+    return torch.randn(shape, generator=generator)
+
+
+def trained(dims_and_plans: list[tuple[int, dict[str, Any]]]) -> list[tuple[Shards, Shards]]:
+    """Tables before and after some steps, each with its own learning rate."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    results = []
+    for dim, sharding in dims_and_plans:
+        parallel, _ = shard(EmbeddingsConfig(dim=dim, sharding=sharding, optimizer=ADAGRAD))
+        before = local_shards(parallel)
+        for step in range(NUM_STEPS):
+            for group in parallel.fused_optimizer.param_groups:
+                group["lr"] = RATES[step]
+            parallel.fused_optimizer.zero_grad()
+            vectors = parallel(request(rank, step))
+            loss = sum((v * coefficients(rank, step, key, v.shape)).sum() for key, v in vectors.items())
+            (loss * size).backward()  # gradients are averaged over ranks, as those of the dense weights
+        results.append((before, local_shards(parallel)))
+    return results
+
+
+def adagrad_by_hand(full: dict[str, Tensor], *, dim: int, world_size: int) -> dict[str, Tensor]:
+    """Row-wise Adagrad, row by row in float64: one sum of mean squares per row, duplicates of a step added first."""
+    weights = {name: table.double() for name, table in full.items()}
+    squares = {name: torch.zeros(len(table), dtype=torch.float64) for name, table in full.items()}
+    for step in range(NUM_STEPS):
+        gradients: dict[tuple[str, int], Tensor] = {}
+        for rank in range(world_size):
+            for key, asked in request(rank, step).to_dict().items():
+                values = coefficients(rank, step, key, torch.Size([len(asked.values()), dim])).double()
+                for row, gradient in zip(asked.values().tolist(), values, strict=True):
+                    place = (TABLE_OF[key], row)
+                    gradients[place] = gradients.get(place, 0) + gradient
+        for (name, row), gradient in gradients.items():
+            # The padding counts as columns whose gradient is 0.
+            squares[name][row] += (gradient**2).sum() / full[name].size(1)
+            weights[name][row, :dim] -= RATES[step] * gradient / (squares[name][row].sqrt() + ADAGRAD.eps)
+    return weights
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_tables_learn_by_rowwise_adagrad_of_the_gradients_of_all_ranks(world_size):
+    for k, ranks in enumerate(zip(*run_ranks(trained, PLANS, world_size=world_size), strict=True)):
+        before, after = whole([first for first, _ in ranks]), whole([last for _, last in ranks])
+        expected = adagrad_by_hand(before, dim=PLANS[k][0], world_size=world_size)
+        for name, table in after.items():
+            assert not torch.equal(table, before[name])
+            torch.testing.assert_close(
+                table.double(), expected[name], rtol=1e-5, atol=1e-6, msg=lambda m, k=k, n=name: f"{n}, plan {PLANS[k]}: {m}"
+            )
+
+
+def refused(sharding: dict[str, Any], hbm_gib: float | None) -> str:
+    try:
+        shard(EmbeddingsConfig(dim=8, sharding=sharding, hbm_gib=hbm_gib))
+    except UserError as error:
+        return str(error)
+    return "planned"
+
+
+def test_a_placement_of_an_unknown_table_is_refused_with_the_tables_there_are():
+    told = "embeddings.sharding names ['itme']; the tables of this run are ['item', 'user_id']"
+    assert run_ranks(refused, {"itme": "row_wise"}, None, world_size=1) == [told]

@@ -1,0 +1,115 @@
+"""Which keys a query sees, against a loop that follows the rule word by word; and the tiles that may be skipped."""
+
+import itertools
+
+import pytest
+import torch
+from ultrarec.kernels import AttentionMask, hstu_attention
+from ultrarec.kernels.hstu_attention.tiles import Visibility, tile_visibility, visible_tiles
+
+MASKS = [
+    AttentionMask(*values)
+    for values in itertools.product(
+        (0, 1, 3), (0, 2), (0, 2, 5), (0, 1, 3)
+    )  # window, full_tail, prefix, num_contextual
+]
+
+
+def sees(mask: AttentionMask, i: int, j: int, length: int, num_targets: int) -> bool:
+    """The rule for one query and one key, with none of the code under test."""
+    contextual = mask.num_contextual
+    end = length - num_targets if contextual == 0 else length - num_targets - contextual + 1
+
+    def token_id(p: int) -> int:
+        own = p if contextual == 0 else max(p - contextual + 1, 0)
+        return min(own, end) if num_targets else own
+
+    if i == j:
+        return True
+    if token_id(i) > token_id(j):
+        if mask.window == 0 or token_id(i) - token_id(j) <= mask.window:
+            return True
+        if mask.full_tail > 0 and token_id(i) >= end - mask.full_tail:
+            return True
+        if mask.prefix > 0 and (j < max(mask.prefix, contextual) or token_id(i) == end):
+            return True
+    return contextual > 0 and token_id(i) == 0 and token_id(j) < end
+
+
+def seen_by(mask: AttentionMask, length: int, num_targets: int) -> torch.Tensor:
+    return torch.tensor([[sees(mask, i, j, length, num_targets) for j in range(length)] for i in range(length)])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("num_targets", [None, 0, 1, 4])
+def test_a_key_has_weight_exactly_where_the_rule_lets_the_query_see_it(backend: str, num_targets: int | None) -> None:
+    length = 12
+    ones, one_hot = torch.ones(length, 1, 1), torch.eye(length)[:, None, :]
+    targets = None if num_targets is None else torch.tensor([num_targets])
+    for mask in MASKS:
+        weights = hstu_attention(
+            ones,
+            ones,
+            one_hot,
+            torch.tensor([0, length]),
+            max_seq_len=length,
+            num_targets=targets,
+            mask=mask,
+            backend=backend,
+        )
+        assert torch.equal(weights[:, 0] > 0, seen_by(mask, length, num_targets or 0)), mask
+
+
+def test_padding_behind_a_sequence_is_hidden_from_all_its_queries() -> None:
+    padded, position = 9, torch.arange(9)
+    for mask, length, num_targets in itertools.product(MASKS, range(1, 9), (0, 1, 3)):
+        if num_targets <= length:
+            end = torch.tensor(mask.history_end(length, num_targets))
+            visible = mask.visible(position[:, None], position[None, :], end)
+            assert visible.shape == (padded, padded)
+            assert not visible[:length, length:].any(), (mask, length, num_targets)
+
+
+@pytest.mark.parametrize(("length", "num_targets"), [(14, 0), (14, 3), (13, 13), (2, 1)])
+def test_tiles_called_hidden_or_visible_are_so_in_every_element(length: int, num_targets: int) -> None:
+    blocks = [slice(start, min(start + 3, length)) for start in range(0, length, 3)]
+    for mask in MASKS:
+        seen, end = seen_by(mask, length, num_targets), mask.history_end(length, num_targets)
+        for rows, keys in itertools.product(blocks, blocks):
+            answer, truth = tile_visibility(mask, rows, keys, end), seen[rows, keys]
+            assert truth.all() or answer is not Visibility.ALL, (mask, rows, keys)
+            assert not truth.any() or answer is not Visibility.NONE, (mask, rows, keys)
+
+
+def test_a_causal_mask_computes_half_of_the_tiles_and_masks_only_the_diagonal() -> None:
+    tiles = list(visible_tiles(AttentionMask(), 1024, [1024], tile=64))
+    assert len(tiles) == 16 * 17 // 2
+    assert [rows for rows, _, all_visible in tiles if not all_visible] == [
+        keys for rows, keys, _ in tiles if rows == keys
+    ]
+
+
+def test_a_windowed_mask_computes_tiles_in_proportion_to_the_window() -> None:
+    tiles = list(visible_tiles(AttentionMask(window=64), 1024, [1024], tile=64))
+    assert len(tiles) == 16 + 15
+    with_tail = list(visible_tiles(AttentionMask(window=64, full_tail=64), 1024, [1024], tile=64))
+    assert len(with_tail) == 16 + 15 + 14
+    with_prefix = list(visible_tiles(AttentionMask(window=64, prefix=64), 1024, [1024], tile=64))
+    assert len(with_prefix) == 16 + 15 + 14
+
+
+def test_tiles_cover_all_that_any_sequence_of_the_group_sees() -> None:
+    mask = AttentionMask(window=3, full_tail=2, prefix=1, num_contextual=2)
+    sizes = [20, 17]
+    covered = torch.zeros(20, 20, dtype=torch.bool)
+    for rows, keys, _ in visible_tiles(mask, 20, [mask.history_end(n, 2) for n in sizes], tile=4):
+        covered[rows, keys] = True
+    for n in sizes:
+        assert not (seen_by(mask, n, 2) & ~covered[:n, :n]).any()
+
+
+@pytest.mark.parametrize("name", ["window", "full_tail", "prefix", "num_contextual"])
+@pytest.mark.parametrize("value", [-1, 2.0, None])
+def test_a_mask_refuses_what_is_not_a_count(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"AttentionMask {name}={value} is not a count; 0 switches it off"):
+        AttentionMask(**{name: value})

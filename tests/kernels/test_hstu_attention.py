@@ -1,0 +1,264 @@
+"""hstu_attention against its definition in float64: outputs, every gradient, and what surrounds the numbers."""
+
+# T = events of all sequences, H = heads, Dqk and Dv = head widths, N = max_seq_len
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from ultrarec.kernels import AttentionMask, RelativeBias, hstu_attention
+
+LENGTHS = (0, 1, 63, 65, 0, 7, 300, 64, 2)
+
+
+@dataclass(frozen=True)
+class Case:
+    lengths: tuple[int, ...] = LENGTHS
+    num_heads: int = 2
+    dqk: int = 16
+    dv: int = 16
+    slack: int = 0
+    """How much longer max_seq_len is than the longest sequence."""
+    mask: AttentionMask = field(default_factory=AttentionMask)
+    targets: bool = False
+    bias: str = ""
+    """Which weights: some of "position time", and "query" for query timestamps of their own."""
+    scale: str = "default"
+    dtype: torch.dtype = torch.float32
+    offsets_dtype: torch.dtype = torch.int64
+
+    @property
+    def max_seq_len(self) -> int:
+        return max(1, *self.lengths) + self.slack
+
+
+def inputs_of(case: Case) -> dict[str, torch.Tensor]:
+    """Tensors of the case that a gradient is asked for, rounded to its dtype."""
+    torch.manual_seed(0)
+    num_events, num_heads = sum(case.lengths), case.num_heads
+    inputs = {
+        "q": torch.randn(num_events, num_heads, case.dqk).to(case.dtype),
+        "k": torch.randn(num_events, num_heads, case.dqk).to(case.dtype),
+        "v": torch.randn(num_events, num_heads, case.dv).to(case.dtype),
+    }
+    if "position" in case.bias:
+        inputs["position_weight"] = torch.randn(2 * case.max_seq_len - 1)
+    if "time" in case.bias:
+        inputs["time_weight"] = torch.randn(41)
+    if case.scale == "tensor":
+        inputs["scale"] = (torch.rand(num_events) - 0.3) / case.max_seq_len
+    return inputs
+
+
+def num_targets_of(case: Case) -> torch.Tensor | None:
+    return torch.tensor([min(n, 1 + b % 4) for b, n in enumerate(case.lengths)]) if case.targets else None
+
+
+def bias_of(case: Case, inputs: dict[str, torch.Tensor]) -> RelativeBias | None:
+    if not case.bias:
+        return None
+    generator = torch.Generator().manual_seed(1)
+    timestamps = torch.randint(0, 200_000, (sum(case.lengths),), generator=generator)
+    later = timestamps + torch.randint(0, 5000, timestamps.shape, generator=generator)
+    weights = (inputs.get("position_weight"), inputs.get("time_weight"))
+    return RelativeBias(*weights, timestamps, later if "query" in case.bias else None)
+
+
+def attend(case: Case, inputs: dict[str, torch.Tensor], backend: str) -> torch.Tensor:
+    scale = {"default": None, "number": 0.01}.get(case.scale, inputs.get("scale"))
+    return hstu_attention(
+        inputs["q"],
+        inputs["k"],
+        inputs["v"],
+        torch.tensor((0, *case.lengths)).cumsum(0).to(case.offsets_dtype),
+        max_seq_len=case.max_seq_len,
+        scale=scale,
+        num_targets=num_targets_of(case),
+        mask=case.mask,
+        bias=bias_of(case, inputs),
+        backend=backend,
+    )
+
+
+def outputs_and_gradients(case: Case, backend: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The output and all gradients; computed in dtype, if given, from inputs of the same value."""
+    inputs = {name: x.to(dtype or x.dtype).requires_grad_() for name, x in inputs_of(case).items()}
+    out = attend(case, inputs, backend)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(case.dtype).to(out.dtype)
+    grads = torch.autograd.grad(out, list(inputs.values()), dout)
+    return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(inputs, grads, strict=True)}}
+
+
+def assert_as_exact_as_plain_torch(case: Case, backend: str = "auto") -> None:
+    """At most twice the error of the definition computed in the dtype of the case, for the output and each gradient."""
+    got = outputs_and_gradients(case, backend)
+    plain = outputs_and_gradients(case, "reference")
+    exact = outputs_and_gradients(case, "reference", torch.float64)
+    assert got.keys() == exact.keys()
+    for name, value in got.items():
+        assert value.dtype == plain[name].dtype, name
+        assert value.shape == exact[name].shape, name
+        if value.numel() == 0:
+            continue
+        error = (value - exact[name]).abs().max()
+        bound = 2 * (plain[name] - exact[name]).abs().max() + 1e-5
+        assert error <= bound, f"{name}: error {error:.1e} > {bound:.1e}, twice that of plain torch in {case.dtype}"
+
+
+MASKS = {
+    "causal": AttentionMask(),
+    "window": AttentionMask(window=20),
+    "window_and_tail": AttentionMask(window=20, full_tail=10),
+    "window_and_prefix": AttentionMask(window=20, prefix=8),
+    "contextual": AttentionMask(num_contextual=3),
+    "contextual_window": AttentionMask(window=20, num_contextual=3),
+    "all": AttentionMask(window=20, full_tail=10, prefix=2, num_contextual=3),
+}
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+class TestAgainstTheDefinition:
+    @pytest.mark.parametrize("targets", [False, True], ids=["history", "targets"])
+    @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+    def test_every_mask_with_both_biases(self, mask: AttentionMask, targets: bool) -> None:
+        assert_as_exact_as_plain_torch(Case(mask=mask, targets=targets, bias="position time query", scale="tensor"))
+
+    @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+    def test_every_mask_without_bias(self, mask: AttentionMask) -> None:
+        assert_as_exact_as_plain_torch(Case(mask=mask, dqk=8, dv=24))
+
+    @pytest.mark.parametrize("bias", ["position", "time", "time query", "position time"])
+    def test_each_part_of_the_bias_alone(self, bias: str) -> None:
+        assert_as_exact_as_plain_torch(Case(bias=bias))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+    @pytest.mark.parametrize("bias", ["", "position time query"], ids=["unbiased", "biased"])
+    def test_half_precision(self, dtype: torch.dtype, bias: str) -> None:
+        assert_as_exact_as_plain_torch(Case(dtype=dtype, bias=bias, scale="tensor", mask=MASKS["all"], targets=True))
+
+    @pytest.mark.parametrize("lengths", [(0,), (0, 0, 0), (1,), (1, 1, 1), (63,), (65,), (256,), (257,), (513, 5, 512)])
+    def test_lengths_at_the_edges_of_tiles(self, lengths: tuple[int, ...]) -> None:
+        assert_as_exact_as_plain_torch(Case(lengths=lengths, num_heads=1, bias="position time", scale="tensor"))
+
+    def test_many_short_sequences(self) -> None:
+        lengths = tuple(int(n) for n in torch.randint(0, 41, (300,), generator=torch.Generator().manual_seed(3)))
+        assert_as_exact_as_plain_torch(Case(lengths=lengths, bias="position time query", targets=True))
+
+    @pytest.mark.parametrize("num_heads", [1, 3])
+    @pytest.mark.parametrize(("dqk", "dv"), [(1, 1), (5, 33), (64, 16)])
+    def test_head_widths_that_differ(self, num_heads: int, dqk: int, dv: int) -> None:
+        assert_as_exact_as_plain_torch(Case(num_heads=num_heads, dqk=dqk, dv=dv, bias="position"))
+
+    @pytest.mark.parametrize("scale", ["default", "number", "tensor"])
+    def test_every_form_of_scale(self, scale: str) -> None:
+        assert_as_exact_as_plain_torch(Case(scale=scale))
+
+    def test_max_seq_len_beyond_the_longest_sequence(self) -> None:
+        assert_as_exact_as_plain_torch(Case(slack=50, bias="position"))
+
+    def test_sequences_shorter_than_the_contextual_tokens_see_only_themselves(self) -> None:
+        case = Case(lengths=(1, 2, 3, 4, 9), mask=AttentionMask(num_contextual=4), targets=True, bias="position")
+        assert_as_exact_as_plain_torch(case)
+        assert_as_exact_as_plain_torch(replace(case, targets=False))
+
+    def test_gradients_of_the_blocked_backward_match_finite_differences(self) -> None:
+        case = Case(
+            lengths=(5, 0, 3), dqk=2, dv=3, targets=True, bias="position time", scale="tensor", mask=MASKS["all"]
+        )
+        inputs = {name: x.double().requires_grad_() for name, x in inputs_of(case).items()}
+
+        def of(*tensors: torch.Tensor) -> torch.Tensor:
+            return attend(case, dict(zip(inputs, tensors, strict=True)), "cpu")
+
+        assert torch.autograd.gradcheck(of, tuple(inputs.values()))
+
+
+def test_int32_offsets_give_the_same_result() -> None:
+    case = Case(bias="time")
+    wide, narrow = (outputs_and_gradients(replace(case, offsets_dtype=t), "cpu") for t in (torch.int64, torch.int32))
+    assert all(torch.equal(wide[name], narrow[name]) for name in wide)
+
+
+def test_strided_views_give_the_same_result_as_copies() -> None:
+    torch.manual_seed(0)
+    offsets = torch.tensor([0, 40, 41, 300])
+    packed = torch.randn(300, 4, 2, 16, requires_grad=True)
+    _, v, q, k = packed.unbind(1)
+    viewed = hstu_attention(q, k, v, offsets, max_seq_len=300)
+    copied = hstu_attention(q.contiguous(), k.contiguous(), v.contiguous(), offsets, max_seq_len=300)
+    assert not q.is_contiguous()
+    assert torch.equal(viewed, copied)
+    dout = torch.randn(16, 2, 300).permute(2, 1, 0)
+    strided, plain = torch.autograd.grad(viewed, packed, dout), torch.autograd.grad(copied, packed, dout.contiguous())
+    assert torch.equal(strided[0], plain[0])
+
+
+def test_repeated_calls_give_the_same_bits() -> None:
+    case = Case(bias="position time query", scale="tensor", targets=True, mask=MASKS["all"])
+    first, second = (outputs_and_gradients(case, "cpu") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_sequence_gets_the_same_output_whatever_else_is_in_the_batch() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(100, 2, 8) for _ in range(3))
+    together = hstu_attention(q, k, v, torch.tensor([0, 30, 60, 100]), max_seq_len=64)
+    alone = hstu_attention(q[30:60], k[30:60], v[30:60], torch.tensor([0, 30]), max_seq_len=64)
+    torch.testing.assert_close(together[30:60], alone, rtol=1e-6, atol=1e-7)
+
+
+def test_later_events_change_nothing_before_them() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(300, 2, 8) for _ in range(3))
+    offsets = torch.tensor([0, 300])
+    before = hstu_attention(q, k, v, offsets, max_seq_len=300)
+    for x in (q, k, v):
+        x[200:] = 1e6
+    after = hstu_attention(q, k, v, offsets, max_seq_len=300)
+    assert torch.equal(before[:200], after[:200])
+
+
+def test_nothing_of_size_n_by_n_is_allocated() -> None:
+    n = 2048
+    q, k, v = (torch.randn(n, 1, 4, requires_grad=True) for _ in range(3))
+    weights = (torch.randn(2 * n - 1, requires_grad=True), torch.randn(9, requires_grad=True))
+    bias = RelativeBias(*weights, torch.arange(n))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out = hstu_attention(q, k, v, torch.tensor([0, n]), max_seq_len=n, bias=bias, mask=AttentionMask(window=99))
+        out.sum().backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 4 * n < largest < n * n / 2, "the largest allocation in bytes, far from one byte per pair"
+
+
+@pytest.mark.parametrize("bias", ["", "position time query"], ids=["unbiased", "biased"])
+def test_torch_compile_makes_one_graph_with_the_same_result(bias: str) -> None:
+    torch.compiler.reset()
+    case = Case(lengths=(5, 0, 70, 3), bias=bias, scale="tensor", targets=True)
+
+    def model(inputs: dict[str, torch.Tensor], offsets: torch.Tensor, timestamps: torch.Tensor) -> torch.Tensor:
+        bias = None
+        if "time_weight" in inputs:
+            bias = RelativeBias(inputs["position_weight"], inputs["time_weight"], timestamps)
+        mask = AttentionMask(window=9, full_tail=2)
+        q, k, v, scale = (inputs[name] for name in ("q", "k", "v", "scale"))
+        return hstu_attention(2 * q, k, v, offsets, max_seq_len=70, mask=mask, bias=bias, scale=scale).relu()
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (model, compiled):
+        inputs = {name: x.requires_grad_() for name, x in inputs_of(case).items()}
+        out = function(inputs, torch.tensor([0, 5, 5, 75, 78]), torch.arange(78))
+        results.append([out, *torch.autograd.grad(out.sum(), list(inputs.values()))])
+    assert all(torch.equal(eager, traced) for eager, traced in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("bias", ["", "position time query"], ids=["unbiased", "biased"])
+def test_the_operator_passes_opcheck(bias: str) -> None:
+    case = Case(lengths=(5, 0, 7), bias=bias, scale="tensor")
+    inputs = {name: x.requires_grad_() for name, x in inputs_of(case).items()}
+    relative = bias_of(case, inputs)
+    times = (None, None) if relative is None else (relative.timestamps, relative.query_timestamps)
+    weights = (inputs.get("position_weight"), inputs.get("time_weight"))
+    args = (inputs["q"], inputs["k"], inputs["v"], inputs["scale"], *weights, *times)
+    rest = (torch.tensor([0, 5, 5, 12]), torch.tensor([2, 0, 1]), 7, 0.25, [3, 1, 1, 1])
+    torch.library.opcheck(torch.ops.ultrarec.hstu_attention_cpu.default, args + rest)

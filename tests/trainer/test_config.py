@@ -1,0 +1,203 @@
+"""Recipes, overrides, and what a user is told about a mistake in either."""
+
+import subprocess
+import sys
+
+import pytest
+from ultrarec.data.errors import UserError
+from ultrarec.trainer.config import list_recipes, load_config
+
+MINIMAL = """
+[data]
+path = "somewhere"
+batch_rows = 8
+[data.features.tab]
+kind = "category"
+role = "event"
+num_values = 5
+[embeddings]
+dim = 8
+[model]
+width = 8
+num_layers = 1
+qk_dim = 4
+value_dim = 4
+[objective]
+kind = "ranking"
+tasks = ["is_click"]
+[trainer]
+epochs = 1
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a recipe and returns its path."""
+
+    def write(text=MINIMAL, name="mine.toml"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+def message(path, *overrides):
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_loads_and_survives_a_round_trip_through_toml(name, recipe):
+    config = load_config(name)
+    assert load_config(recipe(config.to_toml())) == config
+
+
+def test_an_overridden_configuration_survives_a_round_trip_through_toml(recipe):
+    overrides = ("trainer.max_steps=3", "optimizer.clip_norm=0.5", "embeddings.sharding.item=row_wise", "data.path='a = b'")
+    config = load_config(recipe(), overrides)
+    assert load_config(recipe(config.to_toml())) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("trainer.max_steps=7", lambda c: c.trainer.max_steps == 7),
+        ("optimizer.lr=1e-4", lambda c: c.optimizer.lr == 1e-4),
+        ("optimizer.betas=[0.8, 0.9]", lambda c: c.optimizer.betas == (0.8, 0.9)),
+        ("data.audit=true", lambda c: c.data.audit is True),
+        ("optimizer.decay=cosine", lambda c: c.optimizer.decay == "cosine"),
+        ("optimizer.decay='cosine'", lambda c: c.optimizer.decay == "cosine"),
+        ("data.path=/logs/a=b", lambda c: c.data.path == "/logs/a=b"),
+        (" trainer.max_steps = 7 ", lambda c: c.trainer.max_steps == 7),
+        ("data.features.tab.num_values=9", lambda c: c.data.features["tab"].num_values == 9),
+        ("data.features.age={kind='category', role='user', num_values=3}", lambda c: c.data.features["age"].role == "user"),
+        ("embeddings.sharding.item=row_wise", lambda c: c.embeddings.sharding == {"item": "row_wise"}),
+    ],
+)
+def test_overrides_take_toml_values_and_bare_words(recipe, override, read):
+    assert read(load_config(recipe(), [override]))
+
+
+def test_the_last_of_several_overrides_of_one_setting_counts(recipe):
+    assert load_config(recipe(), ["trainer.max_steps=1", "trainer.max_steps=2"]).trainer.max_steps == 2
+
+
+NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training needs an end: set one"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("trianer.epochs=1", "trianer is no known setting; did you mean 'trainer'?"),
+        ("trainer.max_step=1", "trainer.max_step is no known setting; did you mean 'max_steps'?"),
+        ("data.features.tab.colour=1", "data.features.tab.colour is no known setting; remove it"),
+        ("checkpoint.xyz=1", "checkpoint.xyz is no known setting; known here: every, keep_last"),
+        ("trainer.epochs=many", "trainer.epochs='many': input should be a valid integer, unable to parse string as an integer"),
+        ("trainer.epochs=0", "trainer.epochs=0: input should be greater than 0"),
+        ("trainer.seed=-1", "trainer.seed=-1: input should be greater than or equal to 0"),
+        ("model.dropout=1.0", "model.dropout=1.0: input should be less than 1"),
+        ("trainer.precision=fp8", "trainer.precision='fp8': input should be 'fp32' or 'bf16'"),
+        (
+            "data.batch_tokens=100",
+            "data.batch_rows=8 and data.batch_tokens=100: exactly one of them sizes a step; set one and remove the other",
+        ),
+        (
+            "objective.kind=next_item",
+            "objective.tasks=['is_click'] belongs to kind='ranking'; remove it for kind='next_item'",
+        ),
+        (
+            "objective.tasks=[]",
+            "objective.tasks is empty: ranking needs at least one action to predict, e.g. tasks = ['is_click']",
+        ),
+        ("objective.task_weights=[1.0, 2.0]", "objective.task_weights has 2 values for 1 tasks; give one per task"),
+        ("data.features.tab.kind=word", "data.features.tab.kind='word': input should be 'category', 'bucket' or 'hash'"),
+        (
+            "embeddings.sharding.item=diagonal",
+            "embeddings.sharding.item='diagonal': input should be 'auto', 'row_wise', 'table_wise' or 'column_wise'",
+        ),
+    ],
+)
+def test_a_bad_setting_is_named_with_value_and_remedy(recipe, override, expected):
+    path = recipe()
+    assert message(path, override) == f"{path}: {expected}"
+
+
+@pytest.mark.parametrize("override", ["trainer.max_steps", "max_steps=3", "=3", "trainer.=3", ".epochs=3", ""])
+def test_an_override_that_is_no_assignment_is_refused(recipe, override):
+    expected = f"--set {override!r}: expected section.field=value, e.g. --set trainer.max_steps=100"
+    assert message(recipe(), override) == expected
+
+
+def test_an_override_through_a_value_is_refused(recipe):
+    assert message(recipe(), "data.path.x=3") == "--set 'data.path.x=3': 'path' is a value, not a section"
+
+
+@pytest.mark.parametrize(
+    ("removed", "expected"),
+    [
+        ("dim = 8\n", "embeddings.dim is missing; set it"),
+        ("batch_rows = 8\n", "data.batch_rows=None and data.batch_tokens=None: exactly one of them sizes a step; "
+                             "set one and remove the other"),
+        ("epochs = 1\n", NEITHER_END),
+        ("[trainer]\nepochs = 1\n", "trainer is missing; set it"),
+    ],
+)  # fmt: skip
+def test_a_missing_setting_is_named(recipe, removed, expected):
+    assert removed in MINIMAL
+    path = recipe(MINIMAL.replace(removed, ""))
+    assert message(path) == f"{path}: {expected}"
+
+
+def test_all_mistakes_of_a_file_are_told_at_once(recipe):
+    path = recipe(MINIMAL.replace("width = 8", "wdith = 8"))
+    assert message(path) == f"{path}: model.width is missing; set it; model.wdith is no known setting; did you mean 'width'?"
+
+
+def test_an_unknown_recipe_is_answered_with_the_nearest_name_and_the_list():
+    told = message("hstu_kuairand_smaple")
+    assert told.startswith("no recipe 'hstu_kuairand_smaple'; did you mean 'hstu_kuairand_sample'? recipes: ")
+    assert told.endswith("; a file of your own must end in .toml")
+    assert "did you mean" not in message("zzz")
+
+
+def test_a_file_that_is_missing_unreadable_or_no_toml_is_refused(recipe, tmp_path):
+    missing, folder = tmp_path / "none.toml", tmp_path / "folder.toml"
+    folder.mkdir()
+    assert message(str(missing)) == f"cannot read the configuration {missing}: No such file or directory; check the path"
+    assert message(str(folder)) == f"cannot read the configuration {folder}: Is a directory; check the path"
+    path = recipe(b"path = \"caf\xe9\"")
+    assert message(path) == f"{path} is not UTF-8 text (invalid continuation byte at byte 11); a configuration is TOML"
+    path = recipe("[data\n")
+    assert message(path).startswith(f"{path} is not valid TOML: ")
+    path = recipe("data = 3\n")
+    assert "data=3: input should be a valid dictionary" in message(path)
+
+
+def test_reading_a_configuration_imports_neither_torch_nor_numpy():
+    code = (
+        "import sys; from ultrarec.trainer.config import load_config, list_recipes; load_config(list_recipes()[0]);"
+        "print([m for m in ('torch', 'numpy', 'pyarrow') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("model.width=12", False),
+        ("embeddings.dim=12", False),
+        ("data.seed=1", False),
+        ("data.batch_rows=9", False),
+        ("objective.head_hidden=9", False),
+        ("data.path=elsewhere", True),
+        ("embeddings.sharding.item=row_wise", True),
+        ("trainer.max_steps=9", True),
+        ("checkpoint.every=9", True),
+        ("data.prefetch=9", True),
+    ],
+)
+def test_a_checkpoint_belongs_to_a_model_and_an_order_of_data_not_to_a_machine(recipe, override, same):
+    path = recipe()
+    assert (load_config(path, [override]).training_hash() == load_config(path).training_hash()) is same
