@@ -14,7 +14,7 @@ PYTHON := $(shell for python in python3.11 python3 python3.12 python3.10; do \
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed-$(FLAVOUR)
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 RECIPE := hstu_kuairand_sample
 SAMPLE := datasets/kuairand_sample
 
@@ -52,11 +52,11 @@ $(INSTALLED): pyproject.toml setup.py constraints/$(FLAVOUR).txt
 	@$(PYTHON) -c '$(SUPPORTED)' || { echo "error: $(PYTHON) is not Python 3.10 to 3.12"; exit 1; }
 	@echo "Installing the $(FLAVOUR) stack into .venv; the first time takes a few minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install -qq --constraint constraints/$(FLAVOUR).txt --editable '.[dev]'
+	$(PIP) install --no-compile --constraint constraints/$(FLAVOUR).txt --editable '.[dev]'
 	@# The two builds of fbgemm share one folder, and torchrec asks for the CUDA build by name: hence one, then no
 	@# requirements.
-	@if $(PIP) show --quiet $(OTHER_FBGEMM) 2> /dev/null; then $(PIP) uninstall --quiet --yes $(OTHER_FBGEMM) $(FBGEMM); fi
-	$(PIP) install -qq --no-deps --constraint constraints/$(FLAVOUR).txt $(FBGEMM) torchrec
+	@if $(PIP) show $(OTHER_FBGEMM) 2> /dev/null; then $(PIP) uninstall --yes $(OTHER_FBGEMM) $(FBGEMM); fi
+	$(PIP) install --no-compile --no-deps --constraint constraints/$(FLAVOUR).txt $(FBGEMM) torchrec
 	@rm -f .venv/.installed-* && touch $@
 
 $(SAMPLE)/dataset.json: | $(INSTALLED)

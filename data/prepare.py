@@ -7,20 +7,21 @@ This module imports nothing heavy, so that the command line can mount it; the st
 """
 
 import argparse
+import errno
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
-from os import getpid
 from pathlib import Path
 
 from .errors import UserError
 from .preparation.options import PrepareOptions
 from .schema import DatasetInfo, Roles
 
-__all__ = ["PrepareOptions", "Report", "add_arguments", "prepare", "run"]
+__all__ = ["PrepareOptions", "Report", "add_arguments", "options_of", "prepare", "run"]
 
 Report = Callable[[str], None]
 """Receives one line of progress."""
@@ -71,7 +72,7 @@ def _temporary_beside(out: Path) -> Iterator[Path]:
     """A folder on the file system of `out`, removed at the end whatever happens."""
     if out.exists() or out.is_symlink():
         raise UserError(f"--out {out} exists already; nothing is overwritten: give a new folder, or remove that one")
-    folder = out.with_name(f"{out.name}.tmp-{getpid()}")
+    folder = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     new_parents = [parent for parent in folder.parents if not parent.exists()]
     try:
         folder.mkdir(parents=True)
@@ -79,6 +80,13 @@ def _temporary_beside(out: Path) -> Iterator[Path]:
         raise UserError(f"--out {out}: {folder} cannot be made ({error.strerror}); give a writable place") from error
     try:
         yield folder
+    except Exception as error:
+        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+            raise UserError(
+                f"--out {out}: the disk is full; sorting needs several times the size of the log beside the output: "
+                "free some, or give another place"
+            ) from error
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in new_parents:
@@ -109,9 +117,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--csv-columns", default="", metavar="NAMES", help="comma-separated names for CSV files without a header line")
 
 
-def run(args: argparse.Namespace) -> int:
-    """The `prepare` subcommand; returns the exit status. UserError is left to the command line to print."""
-    options = PrepareOptions(
+def options_of(args: argparse.Namespace) -> PrepareOptions:
+    """The parsed arguments of `add_arguments` as options."""
+    return PrepareOptions(
         logs=tuple(args.logs),
         out=args.out,
         user=args.user,
@@ -131,5 +139,9 @@ def run(args: argparse.Namespace) -> int:
         csv_delimiter=args.csv_delimiter,
         csv_columns=tuple(name.strip() for name in args.csv_columns.split(",") if name.strip()),
     )
-    prepare(options, report=lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def run(args: argparse.Namespace) -> int:
+    """The `prepare` subcommand; returns the exit status. UserError is left to the command line to print."""
+    prepare(options_of(args), report=lambda line: print(line, file=sys.stderr, flush=True))
     return 0

@@ -20,6 +20,7 @@ class EmbeddingOptimizerConfig(BaseModel):
     betas: tuple[float, float] = (0.9, 0.999)
     """First and second moment decay; `adam` only."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Share of a row, times the learning rate, that each update of the row takes away; rows not looked up keep it."""
 
 
 class EmbeddingsConfig(BaseModel):
@@ -31,7 +32,8 @@ class EmbeddingsConfig(BaseModel):
     """Columns of every table. Stored rows are padded to a multiple of 4, the width of one fbgemm vector load."""
     init_std: float = Field(default=0.02, gt=0)
     sharding: dict[str, Sharding] = {}
-    """Per table: how its weights are split over ranks; a table that is not named is placed by the planner."""
+    """Per table: how its weights are split over ranks; a table that is not named is placed by the planner, row- or
+    table-wise. `column_wise` cuts columns into pieces of at least 128, each with a `rowwise_adagrad` sum of its own."""
     hbm_gib: float | None = Field(default=None, gt=0)
     """Device memory per rank that tables may use, in GiB; default: what the device has, less the planner's reserve."""
     optimizer: EmbeddingOptimizerConfig = EmbeddingOptimizerConfig()

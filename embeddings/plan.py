@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
@@ -21,7 +22,9 @@ from .config import EmbeddingOptimizerConfig, EmbeddingsConfig
 OPTIMIZERS = {"rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "adam": EmbOptimType.ADAM}
 # data_parallel is left out: fbgemm's dense CPU kernel pools sequences although pooling is off, so it would
 # train on the CPU only with wrong shapes; and a table small enough for it belongs to the model as nn.Embedding.
-PLANNED = [ShardingType.ROW_WISE, ShardingType.TABLE_WISE, ShardingType.COLUMN_WISE]
+# Nor does the planner cut columns unasked: row-wise Adagrad keeps one sum per piece of a row, so that a table would
+# learn otherwise on a cluster whose planner cuts it.
+PLANNED = [ShardingType.ROW_WISE, ShardingType.TABLE_WISE]
 RESERVED_SHARE = 0.15
 """Part of a device's memory that the planner leaves to activations and the dense model."""
 
@@ -36,6 +39,9 @@ def fused_params(config: EmbeddingOptimizerConfig) -> dict[str, Any]:
     }
     if config.kind == "adam":
         params["beta1"], params["beta2"] = config.betas
+    else:
+        # fbgemm's Adagrad ignores weight_decay in its default mode; its Adam decays like this in any.
+        params["weight_decay_mode"] = WeightDecayMode.DECOUPLE
     return params
 
 
@@ -74,10 +80,10 @@ def _constraints(sharding: str) -> ParameterConstraints:
 def _topology(config: EmbeddingsConfig, device: torch.device) -> Topology:
     """What the planner may count on: ranks, ranks of a node, and the device memory of each."""
     hbm_bytes = None
-    if device.type == "cuda":
-        hbm_bytes = torch.cuda.get_device_properties(device).total_memory
     if config.hbm_gib is not None:
         hbm_bytes = int(config.hbm_gib * 2**30)
+    elif device.type == "cuda":
+        hbm_bytes = torch.cuda.get_device_properties(device).total_memory
     world_size = dist.get_world_size()
     return TopologyFactory.create_topology(
         TrainerConfig(

@@ -127,7 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, runs = _parser(argv)
     args = parser.parse_args(argv)
     try:
-        return runs[args.command](args)
+        code = runs[args.command](args)
+        sys.stdout.flush()
+        return code
     except ValueError as error:
         if not _is_for_the_user(error):
             raise

@@ -17,7 +17,6 @@ from ..trainer.config import load_config
 
 if TYPE_CHECKING:
     from torchx.runner import Runner
-    from torchx.specs import AppDef
 
 SCHEDULERS = {
     "local_cwd": "this machine, from the current folder; several nodes are so many launchers side by side",
@@ -55,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="option of the scheduler, e.g. partition=gpu (slurm), queue=train (kubernetes, aws_batch); may be repeated",
+        help="option of the scheduler, e.g. partition=gpu (slurm), queue=train (the others); may be repeated",
     )
 
 
@@ -86,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         if args.scheduler == "local_cwd":
             local.prepare(app, size)
             options = {**local.options(app, Path(out)), **options}
-        request = _request(runner, app, args.scheduler, options)
+        with _warnings_as_notes():
+            request = runner.dryrun(app, args.scheduler, options)
         if args.dryrun:
             print(request)
             return 0
@@ -128,17 +128,12 @@ def _scheduler_options(runner: Runner, scheduler: str, arguments: Sequence[str])
     return values
 
 
-def _request(runner: Runner, app: AppDef, scheduler: str, options: dict[str, Any]) -> Any:
-    """What TorchX would submit; its warnings become notes."""
-    with _warnings_as_notes():
-        return runner.dryrun(app, scheduler, options)
-
-
 def _submit(runner: Runner, request: Any, scheduler: str) -> int:
     if scheduler == "slurm" and shutil.which("sbatch") is None:
         raise UserError("sbatch is not on PATH: launch from a machine of the Slurm cluster, or add --dryrun")
     try:
-        handle = runner.schedule(request)
+        with _warnings_as_notes():
+            handle = runner.schedule(request)
     except Exception as error:
         # Each client has its own errors for no network, no rights and a full quota; all of them are the user's to mend.
         raise UserError(f"{scheduler} did not accept the job ({type(error).__name__}): {error}") from error
@@ -148,8 +143,11 @@ def _submit(runner: Runner, request: Any, scheduler: str) -> int:
 
 @contextmanager
 def _warnings_as_notes() -> Iterator[None]:
+    """TorchX warns of what a scheduler cannot do; one line each says so."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        yield
-    for text in dict.fromkeys(" ".join(str(warning.message).split()) for warning in caught):
-        print(f"note: {text}", file=sys.stderr)
+        try:
+            yield
+        finally:
+            for text in dict.fromkeys(" ".join(str(warning.message).split()) for warning in caught):
+                print(f"note: {text}", file=sys.stderr)

@@ -182,8 +182,7 @@ def _explain(agents: list[Path], *, out: Path, app_id: str) -> int:
         words = _last_lines(agents)
         print(f"error: the launcher failed; its last lines:\n{words}\nlogs: {agents[0].parent}", file=sys.stderr)
         return 1
-    # What the first rank of a node said is on the screen already.
-    if failure.local_rank > 0:
+    if failure.local_rank > 0:  # what the first rank of a node said is on the screen already
         folders = sorted(application.rank_logs(out, app_id, failure.node).glob(f"*/attempt_*/{failure.local_rank}"))
         print(f"last lines of rank {failure.rank}:\n{_last_lines(folders)}", file=sys.stderr)
     print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -25,10 +26,8 @@ class Process:
     def send(self, signum: int) -> None:
         """Signal it, if it is still there."""
         if self.is_alive():
-            try:
+            with contextlib.suppress(ProcessLookupError):  # it may end between the look and the call
                 os.kill(self.pid, signum)
-            except ProcessLookupError:
-                pass  # it ended between the look and the call
 
 
 def children() -> set[Process]:
@@ -78,7 +77,7 @@ def _by_parent() -> dict[int, list[Process]]:
 
 
 def _read_stat(pid: int) -> list[str] | None:
-    """Fields of `/proc/PID/stat` from the third on: [0] state, [1] parent, [19] start time; None without the process."""
+    """Fields of `/proc/PID/stat` from the third on: [0] state, [1] parent, [19] start; None without the process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -69,7 +69,7 @@ def test_the_wheel_works_in_a_folder_that_has_packages_of_the_same_names(install
         f"assert cli.__file__.startswith({str(installed)!r}), cli.__file__\n"
         "cli.main(['launch', 'hstu_kuairand_sample', '--scheduler', 'slurm', '--dryrun'])\n"
     )
-    # -S keeps the checkout, which is installed here too, from answering instead of the wheel; its packages come by path.
+    # -S keeps the checkout, which is installed here too, from answering instead of the wheel.
     site = next(path for path in sys.path if path.endswith("site-packages"))
     command = [sys.executable, "-S", "-c", f"import sys; sys.path.append({site!r})\n{code}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

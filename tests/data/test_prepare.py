@@ -3,12 +3,15 @@
 import argparse
 import gzip
 import itertools
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +22,7 @@ from ultrarec.data.preparation.writing import EVENTS_PER_ROW_GROUP, row_groups
 from ultrarec.data.prepare import PrepareOptions, prepare
 from ultrarec.data.schema import UNKNOWN_ITEM, DatasetInfo
 
+DATASETS = Path(__file__).parents[2] / "docs" / "datasets.md"
 ROLES = {"user": "user", "item": "item", "time": "time"}
 
 
@@ -464,6 +468,15 @@ def test_kuairand_log_standard_csv_files_are_read(tmp_path):
     )  # fmt: skip
     row = histories(DatasetInfo.load(tmp_path / "out"))[0]
     assert (row["items"], row["actions"], row["tab"]) == ([1, UNKNOWN_ITEM], [1 + 64 + 128, 0], [1, 4])
+
+
+@pytest.mark.parametrize("block", re.findall(r"(?m)^    ultrarec prepare (.+(?:\n        .+)*)", DATASETS.read_text()))
+def test_the_commands_in_the_documentation_are_valid(block):
+    parser = argparse.ArgumentParser()
+    prepare_command.add_arguments(parser)
+    args = parser.parse_args(shlex.split(block.replace("\\\n", " ")))
+    options = prepare_command.options_of(args)
+    assert options.leave_last == 1 or options.split_time == 1651330969569
 
 
 # The command

@@ -83,7 +83,7 @@ PLANS = [
 
 @pytest.fixture(scope="module", params=[65_536, 7], ids=["one block", "blocks of 7 rows"])
 def initial(request):
-    """By world size: for every plan, what each rank holds at first and the plan's page."""
+    """By world size: for every plan, what each rank holds at first, and the plan's page."""
     return {n: list(zip(*run_ranks(initial_shards, PLANS, request.param, world_size=n), strict=True)) for n in (1, 2, 3)}
 
 
@@ -133,7 +133,9 @@ def test_column_wise_tables_are_really_cut_into_columns(initial):
         assert columns == {0, 128}
 
 
-def test_an_init_block_is_the_same_whichever_part_of_it_a_shard_holds():
+def test_an_init_block_is_the_same_whichever_part_of_it_a_shard_holds(monkeypatch):
+    monkeypatch.setattr(tables, "INIT_BLOCK_ROWS", 32)
+
     def rows(first, last, *, columns=slice(None)):
         out = torch.empty(last - first, 8)[:, columns]
         init_rows(out, table="t", first_row=first, first_column=columns.start or 0, dim=8, std=1.0, seed=1)
@@ -222,10 +224,14 @@ def trained(dims_and_plans: list[tuple[int, dict[str, Any]]]) -> list[tuple[Shar
     return results
 
 
-def adagrad_by_hand(full: dict[str, Tensor], *, dim: int, world_size: int) -> dict[str, Tensor]:
-    """Row-wise Adagrad, row by row in float64: one sum of mean squares per row, duplicates of a step added first."""
+def adagrad_by_hand(full: dict[str, Tensor], plan: tuple[int, dict[str, Any]], *, world_size: int) -> dict[str, Tensor]:
+    """Row-wise Adagrad, row by row in float64: one sum of mean squares per row, or per piece of a row where columns
+    are cut; duplicates of a step are added first.
+    """
+    dim, sharding = plan
     weights = {name: table.double() for name, table in full.items()}
-    squares = {name: torch.zeros(len(table), dtype=torch.float64) for name, table in full.items()}
+    width = {name: 128 if sharding.get(name) == "column_wise" else table.size(1) for name, table in full.items()}
+    squares = {name: torch.zeros(len(table), table.size(1) // width[name]).double() for name, table in full.items()}
     for step in range(NUM_STEPS):
         gradients: dict[tuple[str, int], Tensor] = {}
         for rank in range(world_size):
@@ -236,8 +242,10 @@ def adagrad_by_hand(full: dict[str, Tensor], *, dim: int, world_size: int) -> di
                     gradients[place] = gradients.get(place, 0) + gradient
         for (name, row), gradient in gradients.items():
             # The padding counts as columns whose gradient is 0.
-            squares[name][row] += (gradient**2).sum() / full[name].size(1)
-            weights[name][row, :dim] -= RATES[step] * gradient / (squares[name][row].sqrt() + ADAGRAD.eps)
+            padded = nn.functional.pad(gradient, (0, full[name].size(1) - dim)).view(-1, width[name])
+            squares[name][row] += (padded**2).mean(1)
+            step_sizes = RATES[step] / (squares[name][row].sqrt() + ADAGRAD.eps)
+            weights[name][row] -= (step_sizes[:, None] * padded).flatten()
     return weights
 
 
@@ -245,7 +253,7 @@ def adagrad_by_hand(full: dict[str, Tensor], *, dim: int, world_size: int) -> di
 def test_tables_learn_by_rowwise_adagrad_of_the_gradients_of_all_ranks(world_size):
     for k, ranks in enumerate(zip(*run_ranks(trained, PLANS, world_size=world_size), strict=True)):
         before, after = whole([first for first, _ in ranks]), whole([last for _, last in ranks])
-        expected = adagrad_by_hand(before, dim=PLANS[k][0], world_size=world_size)
+        expected = adagrad_by_hand(before, PLANS[k], world_size=world_size)
         for name, table in after.items():
             assert not torch.equal(table, before[name])
             torch.testing.assert_close(
@@ -253,9 +261,11 @@ def test_tables_learn_by_rowwise_adagrad_of_the_gradients_of_all_ranks(world_siz
             )
 
 
-def refused(sharding: dict[str, Any], hbm_gib: float | None) -> str:
+def refused(config: EmbeddingsConfig, device: str) -> str:
+    """Why there is no plan for a device, which need not be there to be planned for."""
+    needed = build_tables(config, num_items=NUM_ITEMS, features=FEATURES, item_keys=("item",))
     try:
-        shard(EmbeddingsConfig(dim=8, sharding=sharding, hbm_gib=hbm_gib))
+        make_plan(Lookup(needed, dim=config.dim), config, device=torch.device(device))
     except UserError as error:
         return str(error)
     return "planned"
@@ -263,4 +273,34 @@ def refused(sharding: dict[str, Any], hbm_gib: float | None) -> str:
 
 def test_a_placement_of_an_unknown_table_is_refused_with_the_tables_there_are():
     told = "embeddings.sharding names ['itme']; the tables of this run are ['item', 'user_id']"
-    assert run_ranks(refused, {"itme": "row_wise"}, None, world_size=1) == [told]
+    assert run_ranks(refused, EmbeddingsConfig(dim=8, sharding={"itme": "row_wise"}), "cpu", world_size=1) == [told]
+
+
+def test_tables_that_do_not_fit_the_memory_are_refused_with_a_remedy():
+    assert run_ranks(refused, EmbeddingsConfig(dim=8, hbm_gib=1.0), "cuda", world_size=1) == ["planned"]
+    (told,) = run_ranks(refused, EmbeddingsConfig(dim=8, hbm_gib=1e-6), "cuda", world_size=1)
+    assert told.startswith("no sharding plan fits 1 rank(s): ")
+    assert told.endswith("; add ranks, lower embeddings.dim, or change embeddings.sharding / embeddings.hbm_gib")
+
+
+def decayed() -> tuple[Shards, Shards]:
+    config = EmbeddingsConfig(dim=8, optimizer=EmbeddingOptimizerConfig(lr=0.05, weight_decay=4.0))
+    parallel, _ = shard(config)
+    before = local_shards(parallel)
+    sum((v * 0).sum() for v in parallel(request(0, 0)).values()).backward()
+    return before, local_shards(parallel)
+
+
+def test_weight_decay_shrinks_the_rows_that_are_updated_and_no_others():
+    before, after = (whole([shards]) for shards in run_ranks(decayed, world_size=1)[0])
+    for key, table in (("item", "item"), ("candidate", "item"), ("user_id", "user_id")):
+        rows = request(0, 0).to_dict()[key].values()
+        torch.testing.assert_close(after[table][rows], before[table][rows] * (1 - 0.05 * 4.0))
+    untouched = torch.ones(31, dtype=torch.bool)
+    untouched[request(0, 0).to_dict()["user_id"].values()] = False
+    assert torch.equal(after["user_id"][untouched], before["user_id"][untouched])
+
+
+def test_columns_are_cut_only_where_the_recipe_asks():
+    for _, page in run_ranks(initial_shards, [(WIDE, {})], 64, world_size=3)[0]:
+        assert "column_wise" not in page

@@ -177,6 +177,18 @@ def test_stack_applies_its_layers_in_order():
     torch.testing.assert_close(stack(x, seqs), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_the_residual_stream_is_float32_even_where_tokens_come_in_half():
+    config = ModelConfig(**RESEARCH)
+    layer = HSTULayer(config, max_seq_len=N, mask=AttentionMask())
+    stack = HSTUStack(config, max_seq_len=N, mask=AttentionMask())
+    x = torch.randn(sum(LENGTHS), config.width).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        u, v, q, k = layer.project(x)
+        out = stack(x, sequences())
+    assert u.dtype == v.dtype == q.dtype == k.dtype == torch.bfloat16
+    assert out.dtype == torch.float32
+
+
 def test_dropout_acts_on_the_gated_attention_in_training_only():
     config = ModelConfig(**{**RESEARCH, "dropout": 0.5})
     layer = random_layer(config, AttentionMask())

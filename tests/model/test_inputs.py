@@ -103,3 +103,20 @@ def test_feature_names_may_be_those_of_module_attributes():
     features = {name: FeatureConfig(kind="category", role="event", num_values=2) for name in names}
     rows = FeatureTables(features, 3)({name: torch.tensor([0, 2]) for name in names})
     assert {name: tuple(row.shape) for name, row in rows.items()} == dict.fromkeys(names, (2, 3))
+
+
+def test_tables_and_actions_start_small_and_mlps_as_xavier(features):
+    torch.manual_seed(0)
+    wide = ModelConfig(width=64, num_layers=1, qk_dim=2, value_dim=2, token_hidden=48)
+    many = {"author": FeatureConfig(kind="hash", role="event", num_values=500)}
+    encoder = ContentEncoder(wide, features=many, embedding_dim=32)
+    (author,) = encoder.tables.tables
+    assert author.weight.shape == (501, 32)
+    assert author.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    bound = (6 / (64 + 48)) ** 0.5
+    for layer in (encoder.mlp[0], encoder.mlp[2]):
+        assert 0.98 * bound < layer.weight.abs().max().item() <= bound
+        assert not layer.bias.any()
+    actions = ActionEncoder(wide, features=features, num_actions=60, embedding_dim=32)
+    assert actions.action_weight.shape == (60, 8)
+    assert actions.action_weight.std().item() == pytest.approx(0.1, rel=0.1)
