@@ -16,7 +16,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed-$(FLAVOUR)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 RECIPE := hstu_kuairand_sample
-SAMPLE := datasets/kuairand_sample
+SAMPLE := datasets/kuairand-sample
 
 .PHONY: help env train test lint types format clean
 

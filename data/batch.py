@@ -28,9 +28,9 @@ class Batch(Pipelineable):
     """
 
     ids: KeyedJaggedTensor
-    """What embedding tables look up, stride B, no weights: "item" (T ids); then each user feature of kind `hash`
-    (1 id per sample); then, where the loader has candidates, "positive" (M ids, only if the candidates are sampled)
-    and "candidate" (shared by the batch: all of them lie in the first sample's bag, the other bags are empty)."""
+    """What sharded tables look up, stride B, no weights: "item" (T ids); then each feature of kind `hash` (T ids of
+    events, 1 id per sample of users); then, where the loader has candidates, "positive" (M ids, only if the candidates
+    are sampled) and "candidate" (shared by the batch: all lie in the first sample's bag; none in evaluation)."""
     offsets: Tensor
     """[B+1], where each sample's events begin and end."""
     num_targets: Tensor
@@ -42,7 +42,7 @@ class Batch(Pipelineable):
     actions: Tensor
     """[T], bitmask of each event's actions; 0 at targets."""
     features: dict[str, Tensor]
-    """Ids by feature: `event` and `outcome` [T] (an outcome is 0 at targets), `category` and `bucket` of users [B]."""
+    """Ids of the features of other kinds: `event` and `outcome` [T] (an outcome is 0 at targets), `user` [B]."""
     labels: Tensor
     """[M]: ranking, the targets' action bitmasks; next_item, item ids (0, an unknown item, cannot be predicted)."""
     users: Tensor

@@ -57,7 +57,7 @@ class Slices:
 class RankingSampler:
     """Each target event is judged, given the newest `max_history` events before it.
 
-    Training takes `targets_per_sample` consecutive events at a time, which share the history before the first of
+    Of those, the batch drops what has the target's own timestamp (see `collate`). Training takes `targets_per_sample` consecutive events at a time, which share the history before the first of
     them. Evaluation takes one event at a time with all that precedes it, earlier events of the same split included,
     as in serving. A user's first event has an empty history.
     """
@@ -78,7 +78,7 @@ class RankingSampler:
         return Slices(np.maximum(target_begin - self.max_history, 0), target_begin, target_end)
 
     def num_tokens(self, slices: Slices) -> Integers:
-        """[S] events that the model reads: history and targets."""
+        """[S] events that the model reads, history and targets; an upper bound where timestamps tie."""
         return slices.target_end - slices.history_begin
 
     def num_labels(self, slices: Slices, split: Split) -> int:

@@ -28,6 +28,7 @@ GRACE_SECONDS = 45.0
 STRAGGLER_SECONDS = 60.0
 """How long the other nodes may run on after one has ended."""
 LAST_LINES = 30
+USER_ERROR = 2
 
 
 def free_port() -> int:
@@ -60,13 +61,14 @@ def run(runner: Runner, request: Any, *, out: Path, size: application.Size) -> i
     agents = [Path(folder) for folder in request.request.role_log_dirs[application.ROLE]]
     followed = [_FirstRank(application.rank_logs(out, app_id, node)) for node in range(size.nodes)]
     print(f"{app_id}: {size.nodes} x {size.procs} processes on this machine, run folder {out}", flush=True)
+    processes.adopt_orphans()
     with _caught_signals() as caught:
         try:
             handle = runner.schedule(request)
         except OSError as error:
             raise UserError(f"cannot write the logs below {out}: {error.strerror}; choose another --out") from None
         try:
-            succeeded = _wait(runner, handle, followed, caught, num_nodes=size.nodes)
+            succeeded = _wait(runner, handle, followed, caught)
         finally:
             processes.stop_all(
                 caught[0] if caught else signal.SIGTERM,
@@ -96,10 +98,11 @@ def _caught_signals() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def _wait(runner: Runner, handle: str, followed: list[_FirstRank], caught: list[int], *, num_nodes: int) -> bool:
+def _wait(runner: Runner, handle: str, followed: list[_FirstRank], caught: list[int]) -> bool:
     """Show the job until it ends or a signal arrives; True when it succeeded."""
     from torchx.specs import AppState, is_terminal
 
+    nodes = processes.children()
     whole_until = time.monotonic()
     while not caught:
         status = runner.status(handle)
@@ -107,7 +110,7 @@ def _wait(runner: Runner, handle: str, followed: list[_FirstRank], caught: list[
         if status is None or is_terminal(status.state):
             return status is not None and status.state == AppState.SUCCEEDED
         now = time.monotonic()
-        if len(processes.children()) == num_nodes:
+        if all(node.is_alive() for node in nodes):
             whole_until = now
         elif now - whole_until > STRAGGLER_SECONDS:
             return False
@@ -185,9 +188,9 @@ def _explain(agents: list[Path], *, out: Path, app_id: str) -> int:
     if failure.local_rank > 0:  # what the first rank of a node said is on the screen already
         folders = sorted(application.rank_logs(out, app_id, failure.node).glob(f"*/attempt_*/{failure.local_rank}"))
         print(f"last lines of rank {failure.rank}:\n{_last_lines(folders)}", file=sys.stderr)
-    print(
-        f"error: rank {failure.rank} on node {failure.node} {failure.how()}; logs of all ranks: {logs}", file=sys.stderr
-    )
+    if failure.exit_code != USER_ERROR:  # that one has explained itself
+        print(f"error: rank {failure.rank} on node {failure.node} {failure.how()}", file=sys.stderr)
+    print(f"logs of all ranks: {logs}", file=sys.stderr)
     return failure.exit_code if failure.exit_code > 0 else 128 - failure.exit_code
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,13 @@ class Process:
                 os.kill(self.pid, signum)
 
 
+def adopt_orphans() -> None:
+    """From now on a process below this one whose parent dies becomes a child of this one, and can still be found."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
 def children() -> set[Process]:
-    """The live processes that this one started itself."""
+    """The live processes directly below this one."""
     return set(_by_parent().get(os.getpid(), []))
 
 

@@ -75,10 +75,10 @@ class SequenceEncoder(nn.Module):
         self.stack = HSTUStack(config, max_seq_len=max_seq_len, mask=mask)
 
     def forward(self, batch: Batch, embeddings: dict[str, Tensor]) -> Encoded:
-        """Encode a batch; `embeddings`: "item" [T, D], and [B, D] for each `hash` feature."""
+        """Encode a batch; `embeddings`: "item" [T, D], and for each `hash` feature [T, D] or, of users, [B, D]."""
         layout = Layout.of(batch, num_contextual=self.num_contextual)
-        content_TE = self.content(batch, embeddings["item"])
-        x_SE = self.event_tokens(batch, layout, content_TE)
+        content_TE = self.content(batch, embeddings)
+        x_SE = self.event_tokens(batch, embeddings, layout, content_TE)
         if self.context is not None:
             x_SE = layout.join(self.context_tokens(layout, self.context(batch, embeddings)), x_SE)
         sequences = Sequences(
@@ -89,11 +89,13 @@ class SequenceEncoder(nn.Module):
         )
         return Encoded(tokens=self.stack(self.dropout(x_SE), sequences), content=content_TE, layout=layout)
 
-    def event_tokens(self, batch: Batch, layout: Layout, content_TE: Tensor) -> Tensor:
+    def event_tokens(
+        self, batch: Batch, embeddings: dict[str, Tensor], layout: Layout, content_TE: Tensor
+    ) -> Tensor:
         """Tokens [T, E]: content, action, position and time of every event."""
         x_TE = content_TE
         if self.action is not None:
-            x_TE = x_TE + self.action(batch, layout.is_target)
+            x_TE = x_TE + self.action(batch, embeddings, layout.is_target)
         x_TE = self.scale * x_TE
         if self.position is not None:
             x_TE = x_TE + self.position.events(layout)

@@ -33,17 +33,19 @@ def features_of(features: Features, role: Role) -> Features:
 
 
 class FeatureTables(nn.Module):
-    """A dense table per feature, for vocabularies small enough to live on every rank."""
+    """A dense table per feature, for vocabularies small enough to live on every rank; `hash` features come looked up."""
 
     def __init__(self, features: Features, width: int) -> None:
         super().__init__()
         self.names = tuple(features)
+        self.dense_names = tuple(name for name, feature in features.items() if feature.kind != "hash")
         # A list, because a column's name may be one that an nn.ModuleDict cannot hold ("type", or one with a dot).
-        self.tables = nn.ModuleList(table(feature.num_values + 1, width) for feature in features.values())
+        self.tables = nn.ModuleList(table(features[name].num_values + 1, width) for name in self.dense_names)
 
-    def forward(self, ids: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rows by feature, [..., width] for ids [...] int64."""
-        return {name: rows(ids[name]) for name, rows in zip(self.names, self.tables, strict=True)}
+    def forward(self, ids: dict[str, Tensor], embeddings: dict[str, Tensor]) -> list[Tensor]:
+        """Rows [..., width] of each feature, in declared order, for ids [...] int64."""
+        rows = {name: weights(ids[name]) for name, weights in zip(self.dense_names, self.tables, strict=True)}
+        return [rows[name] if name in rows else embeddings[name] for name in self.names]
 
 
 class ContentEncoder(nn.Module):
@@ -57,9 +59,9 @@ class ContentEncoder(nn.Module):
             num_inputs = embedding_dim * (1 + len(self.tables.names))
             self.mlp = mlp(num_inputs, config.token_hidden, config.width)
 
-    def forward(self, batch: Batch, item_TD: Tensor) -> Tensor:
+    def forward(self, batch: Batch, embeddings: dict[str, Tensor]) -> Tensor:
         """Vectors [T, E]."""
-        parts = [item_TD, *self.tables(batch.features).values()]
+        parts = [embeddings["item"], *self.tables(batch.features, embeddings)]
         return sum(parts[1:], parts[0]) if self.mlp is None else self.mlp(torch.cat(parts, dim=-1))
 
 
@@ -81,9 +83,9 @@ class ActionEncoder(nn.Module):
         if num_actions:
             self.action_weight = nn.Parameter(torch.empty(num_actions, action_dim).normal_(std=ACTION_STD))
 
-    def forward(self, batch: Batch, is_target: Tensor) -> Tensor:
+    def forward(self, batch: Batch, embeddings: dict[str, Tensor], is_target: Tensor) -> Tensor:
         """Vectors [T, E], zero where `is_target` [T]."""
-        parts = list(self.tables(batch.features).values())
+        parts = self.tables(batch.features, embeddings)
         if self.action_weight is not None:
             parts.insert(0, self.embed_actions(batch.actions, self.action_weight))
         action_TE = sum(parts[1:], parts[0]) if self.mlp is None else self.mlp(torch.cat(parts, dim=-1))
@@ -97,22 +99,19 @@ class ActionEncoder(nn.Module):
 
 
 class ContextEncoder(nn.Module):
-    """A token per `user` feature; ids of kind `hash` come looked up, the others have tables here."""
+    """A token per `user` feature."""
 
     def __init__(self, config: ModelConfig, *, features: Features, embedding_dim: int) -> None:
         super().__init__()
         users = features_of(features, "user")
-        self.names = tuple(users)
-        self.width = config.width
-        self.tables = FeatureTables({name: f for name, f in users.items() if f.kind != "hash"}, embedding_dim)
+        self.tables = FeatureTables(users, embedding_dim)
         self.projections = nn.ModuleList()
         if config.token_hidden is not None:
             self.projections.extend(linear(embedding_dim, config.width) for _ in users)
 
     def forward(self, batch: Batch, embeddings: dict[str, Tensor]) -> Tensor:
         """Tokens [B, C, E], in the order of the features."""
-        tables = self.tables(batch.features)
-        rows = [tables[name] if name in tables else embeddings[name] for name in self.names]
+        rows = self.tables(batch.features, embeddings)
         if self.projections:
             rows = [project(row) for project, row in zip(self.projections, rows, strict=True)]
         return torch.stack(rows, dim=1)

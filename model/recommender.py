@@ -8,6 +8,7 @@ tables: embeddings arrive looked up, and the loss is the sum over this rank's la
 # T = events of all samples, B = samples, M = labelled predictions, C = candidates, E = model width,
 # D = embedding width, K = tasks
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,40 +55,20 @@ class RankingModel(nn.Module):
     task_weights: Tensor
 
     def __init__(
-        self,
-        model: ModelConfig,
-        objective: ObjectiveConfig,
-        *,
-        features: Features,
-        actions: tuple[str, ...],
-        embedding_dim: int,
-        max_events: int,
+        self, encoder: SequenceEncoder, head: RankingHead, *, task_bits: list[int], task_weights: Sequence[float]
     ) -> None:
+        """`task_bits` are the places of the tasks' actions in the bitmask, `task_weights` one factor each."""
         super().__init__()
-        self.encoder = SequenceEncoder(
-            model,
-            features=features,
-            num_actions=len(actions),
-            embedding_dim=embedding_dim,
-            max_events=max_events,
-            context_sees_history=True,
-        )
-        self.head = RankingHead(
-            width=model.width,
-            hidden=objective.head_hidden,
-            num_tasks=len(objective.tasks),
-            norm_affine=model.norm_affine,
-        )
-        bits = [actions.index(task) for task in objective.tasks]
-        weights = objective.task_weights or (1.0,) * len(bits)
+        self.encoder = encoder
+        self.head = head
         # Both follow from the configuration, so a checkpoint need not hold them.
-        self.register_buffer("task_bits", torch.tensor(bits), persistent=False)
-        self.register_buffer("task_weights", torch.tensor(weights), persistent=False)
+        self.register_buffer("task_bits", torch.tensor(task_bits), persistent=False)
+        self.register_buffer("task_weights", torch.tensor(task_weights), persistent=False)
 
     def forward(self, batch: Batch, embeddings: Embeddings) -> tuple[Tensor, RankingOutput]:
         """The loss, summed over this rank's targets, and the predictions it was made of.
 
-        `embeddings`: "item" [T, D], and [B, D] for each `hash` feature.
+        `embeddings`: "item" [T, D], and for each `hash` feature [T, D] or, of users, [B, D].
         The loss is the mean over tasks of weight * BCE; without targets it is 0, with a graph through every parameter.
         """
         encoded = self.encoder(batch, embeddings)
@@ -101,32 +82,16 @@ class RankingModel(nn.Module):
 class NextItemModel(nn.Module):
     """A vector per user whose cosine with an item's embedding ranks the catalogue."""
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        objective: ObjectiveConfig,
-        *,
-        features: Features,
-        actions: tuple[str, ...],
-        embedding_dim: int,
-        max_events: int,
-    ) -> None:
+    def __init__(self, encoder: SequenceEncoder, head: UserVectorHead, *, temperature: float) -> None:
         super().__init__()
-        self.temperature = objective.temperature
-        self.encoder = SequenceEncoder(
-            model,
-            features=features,
-            num_actions=len(actions),
-            embedding_dim=embedding_dim,
-            max_events=max_events,
-            context_sees_history=False,
-        )
-        self.head = UserVectorHead(width=model.width, embedding_dim=embedding_dim)
+        self.encoder = encoder
+        self.head = head
+        self.temperature = temperature
 
     def forward(self, batch: Batch, embeddings: Embeddings) -> tuple[Tensor, NextItemOutput]:
         """The loss, summed over this rank's labels, and the user vectors it was made of.
 
-        `embeddings`: "item" [T, D], [B, D] for each `hash` feature, and in training "candidate" [C, D] with, for the
+        `embeddings`: "item" [T, D], as much for each `hash` feature ([B, D] of users), and in training "candidate" [C, D] with, for the
         sampled softmax, "positive" [M, D]; without "positive" the candidates are the catalogue, ids 1..C in order.
         In evaluation mode (`model.eval()`) only the last position of each sample becomes a user vector, candidates
         are not needed and the loss is 0.
@@ -164,9 +129,6 @@ class NextItemModel(nn.Module):
         return user_vectors @ item_vectors.T / self.temperature
 
 
-MODELS: dict[str, type[RankingModel] | type[NextItemModel]] = {"ranking": RankingModel, "next_item": NextItemModel}
-
-
 def build_model(
     model: ModelConfig,
     objective: ObjectiveConfig,
@@ -184,13 +146,28 @@ def build_model(
     settings that do not go together.
     """
     _check(model, objective, actions=actions, embedding_dim=embedding_dim)
-    return MODELS[objective.kind](
+    is_ranking = objective.kind == "ranking"
+    encoder = SequenceEncoder(
         model,
-        objective,
         features=features,
-        actions=actions,
+        num_actions=len(actions),
         embedding_dim=embedding_dim,
         max_events=max_history + max_targets,
+        context_sees_history=is_ranking,
+    )
+    if not is_ranking:
+        head = UserVectorHead(width=model.width, embedding_dim=embedding_dim)
+        return NextItemModel(encoder, head, temperature=objective.temperature)
+    return RankingModel(
+        encoder,
+        RankingHead(
+            width=model.width,
+            hidden=objective.head_hidden,
+            num_tasks=len(objective.tasks),
+            norm_affine=model.norm_affine,
+        ),
+        task_bits=[actions.index(task) for task in objective.tasks],
+        task_weights=objective.task_weights or [1.0] * len(objective.tasks),
     )
 
 

@@ -34,6 +34,7 @@ shuffle_row_groups = 2
 dim = 6
 init_std = 0.1
 optimizer.lr = 0.05
+optimizer.eps = 1e-3
 
 [model]
 width = 12
@@ -74,9 +75,17 @@ NEXT_ITEM = (
 kind = "next_item"
 """
 )
-RANKING_SETTINGS = ("data.batch_rows=24", "model.position_encoding=from_end", "model.time_encoding=log")
-NEXT_ITEM_SETTINGS = ("data.batch_rows=7", "trainer.epochs=4", "model.relative_bias=position_time")
-SAMPLED_SETTINGS = (*NEXT_ITEM_SETTINGS, "objective.loss=sampled_softmax", "objective.num_negatives=16")
+# eps: rounding differs with the number of ranks, and Adagrad's division by the size of a gradient that is nearly 0
+# would make it large.
+KINDS = {
+    "ranking": (RANKING, "data.batch_rows=24", "model.position_encoding=from_end", "model.time_encoding=log")
+    + ("embeddings.sharding.item=row_wise", "embeddings.sharding.user_id=table_wise"),
+    "columns": (RANKING, "data.batch_rows=24", "embeddings.dim=254")
+    + ("embeddings.sharding.item=column_wise", "embeddings.sharding.user_id=row_wise"),
+    "full_softmax": (NEXT_ITEM, "data.batch_rows=7", "trainer.epochs=4", "model.relative_bias=position_time"),
+    "sampled_softmax": (NEXT_ITEM, "data.batch_rows=7", "trainer.epochs=4", "objective.temperature=0.2")
+    + ("objective.loss=sampled_softmax", "objective.num_negatives=16"),
+}
 
 
 def make_dataset(root: Path, *, num_users: int = 60, mean_events: float = 8.0) -> Path:
@@ -86,11 +95,12 @@ def make_dataset(root: Path, *, num_users: int = 60, mean_events: float = 8.0) -
     return root
 
 
-def recipe(dataset: Path, text: str, settings: Sequence[str] = ()) -> Config:
-    """The configuration of a recipe over a dataset; the file stands beside the dataset."""
-    path = dataset.parent / "recipe.toml"
+def config_of(dataset: Path, kind: str, *settings: str) -> Config:
+    """The configuration of one of KINDS over a dataset, with further settings; its recipe stands beside the dataset."""
+    text, *own = KINDS[kind]
+    path = dataset.parent / f"{kind}.toml"
     path.write_text(text.format(path=dataset))
-    return load_config(str(path), settings)
+    return load_config(str(path), [*own, *settings])
 
 
 def train_on_ranks(runs: Sequence[tuple[Config, Path]]) -> None:
@@ -145,8 +155,9 @@ def final_tensors(out: Path) -> dict[str, Tensor]:
 
 
 def differing(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
-    """Names of tensors that are not bit for bit equal."""
-    return [name for name in left.keys() | right.keys() if name not in left or name not in right or not torch.equal(left[name], right[name])]
+    """Names of tensors that are not bit for bit equal, or that one side lacks."""
+    both = left.keys() & right.keys()
+    return sorted([*(left.keys() ^ right.keys()), *(name for name in both if not torch.equal(left[name], right[name]))])
 
 
 def interrupted(out: Path, copy: Path, *, step: int) -> Path:

@@ -82,7 +82,7 @@ class _PackedSums:
     dk: Tensor
     dv: Tensor
     dscale: Tensor | None
-    """`[P, 1]`, per head; None if nobody asks for it."""
+    """`[P, 1]`, per head, float64: it is a long sum of large terms; None if nobody asks for it."""
 
 
 @torch.library.custom_op("ultrarec::hstu_attention_cpu_backward", mutates_args=())
@@ -113,7 +113,7 @@ def _backward(
         dq=scores.zeros_like(q),
         dk=scores.zeros_like(k),
         dv=scores.zeros_like(v),
-        dscale=scores.zeros_like(v[:, :, :1]) if needs_dscale else None,
+        dscale=scores.zeros_like(v[:, :, :1]).double() if needs_dscale else None,
     )
     for group in scores.packing.groups:
         _add_group_gradients(scores, group, v, dout, scale, sums)
@@ -150,7 +150,9 @@ def _add_group_gradients(
         dv_MLD[:, keys].baddbmm_(weights_MRC.mT, scaled_dout_MLD[:, rows])
         products_MRC = torch.bmm(dout_MLD[:, rows], v_MLD[:, keys].mT)
         if sums.dscale is not None:
-            group.part_of(sums.dscale)[:, rows] += (weights_MRC * products_MRC).sum(2, keepdim=True)
+            group.part_of(sums.dscale)[:, rows] += (weights_MRC * products_MRC).sum(
+                2, keepdim=True, dtype=torch.float64
+            )
         dweights_MRC = products_MRC.mul_(scale_ML1[:, rows])
         dscores_MRC = tile.hide_(torch.ops.aten.silu_backward(dweights_MRC, scores_MRC))
         if scores.bias is not None:

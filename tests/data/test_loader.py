@@ -90,7 +90,8 @@ def inputs(batch):
         "timestamps": batch.timestamps,
         "query_timestamps": batch.query_timestamps,
         "actions": batch.actions,
-        **{name: batch.features[name] for name in ("tab", "play_time", "author")},
+        **{name: batch.features[name] for name in ("tab", "play_time")},
+        "author": batch.ids["author"].values(),
     }
     users = {"age": batch.features["age"], "user_id": batch.ids["user_id"].values()}
     return {
@@ -380,3 +381,16 @@ def test_a_state_beyond_the_epoch_is_refused(path):
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not a prepared dataset"):
         loader(str(tmp_path))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_ranking_history_holds_all_earlier_events_and_none_of_the_targets_own_time(path, histories, split):
+    times = [np.array(row) for row in histories["timestamps"].to_pylist()]
+    tied = 0
+    for batch in loader(path, RankingSampler(10**6, 1), split=split):
+        read = batch.timestamps.split(batch.offsets.diff().tolist())
+        for user, of_sample in zip(batch.users.tolist(), read, strict=True):
+            *history, target = of_sample.tolist()
+            assert history == times[user][times[user] < target].tolist()
+            tied += int((times[user] == target).sum() > 1)
+    assert tied > 10

@@ -98,14 +98,16 @@ def test_a_windowed_mask_computes_tiles_in_proportion_to_the_window() -> None:
     assert len(with_prefix) == 16 + 15 + 14
 
 
-def test_tiles_cover_all_that_any_sequence_of_the_group_sees() -> None:
-    mask = AttentionMask(window=3, full_tail=2, prefix=1, num_contextual=2)
-    sizes = [20, 17]
-    covered = torch.zeros(20, 20, dtype=torch.bool)
-    for rows, keys, _ in visible_tiles(mask, 20, [mask.history_end(n, 2) for n in sizes], tile=4):
-        covered[rows, keys] = True
-    for n in sizes:
-        assert not (seen_by(mask, n, 2) & ~covered[:n, :n]).any()
+def test_the_tiles_of_a_group_serve_each_of_its_sequences() -> None:
+    for mask in MASKS:
+        computed, unmasked = torch.zeros(2, 20, 20, dtype=torch.bool)
+        for rows, keys, all_visible in visible_tiles(mask, 20, [mask.history_end(n, 2) for n in (20, 14)], tile=4):
+            computed[rows, keys] = True
+            unmasked[rows, keys] = all_visible
+        for n in (20, 14):
+            seen = seen_by(mask, n, 2)
+            assert not (seen & ~computed[:n, :n]).any(), mask
+            assert not (unmasked[:n, :n] & ~seen).any(), mask
 
 
 @pytest.mark.parametrize("name", ["window", "full_tail", "prefix", "num_contextual"])

@@ -15,7 +15,9 @@ def launch(capsys, *arguments):
 
 def test_slurm_dry_run_prints_the_batch_script(capsys):
     arguments = ["--scheduler", "slurm", "-j", "2x8", "--dryrun", "--scheduler-arg", "partition=gpu"]
-    code, out, _ = launch(capsys, *arguments, "--set", "launch.gpus_per_node=8", "--set", "launch.memory_gib_per_node=64")
+    code, out, _ = launch(
+        capsys, *arguments, "--set", "launch.gpus_per_node=8", "--set", "launch.memory_gib_per_node=64"
+    )
     assert code == 0
     assert out.count("#SBATCH --job-name=trainer-") == 2
     assert out.count("--partition=gpu") == 2

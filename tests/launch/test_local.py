@@ -39,7 +39,9 @@ def start(tmp_path: Path, worker: str, size: str) -> subprocess.Popen:
 
 
 def still_running(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()]
+    return [
+        pid for pid in pids if Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    ]
 
 
 def wait_for(paths: list[Path]) -> list[int]:
@@ -51,7 +53,9 @@ def wait_for(paths: list[Path]) -> list[int]:
 
 
 def test_two_nodes_form_one_job_and_its_first_rank_is_heard(tmp_path):
-    worker = "print('world', os.environ['WORLD_SIZE'], 'rank', rank, 'threads', os.environ['OMP_NUM_THREADS'], flush=True)"
+    worker = (
+        "print('world', os.environ['WORLD_SIZE'], 'rank', rank, 'threads', os.environ['OMP_NUM_THREADS'], flush=True)"
+    )
     job = start(tmp_path, worker, "2x1")
     out, err = job.communicate(timeout=100)
     assert job.returncode == 0, err
@@ -74,7 +78,7 @@ def test_a_failed_rank_is_named_with_its_last_words(tmp_path, end, code, how):
     assert "hello from 0" in out
     assert "hello from 1" not in out
     assert "last lines of rank 1:\n  my table burns\n" in err
-    assert f"rank 1 on node 0 {how}; logs of all ranks: {tmp_path / 'out' / 'logs'}" in err
+    assert f"error: rank 1 on node 0 {how}\nlogs of all ranks: {tmp_path / 'out' / 'logs'}" in err
     assert "Traceback" not in err
 
 
@@ -96,8 +100,30 @@ def test_a_signal_reaches_the_ranks_and_leaves_no_process_behind(tmp_path, signu
     assert still_running(workers) == []
 
 
+def test_ranks_whose_launcher_was_killed_do_not_live_on(tmp_path):
+    worker = (
+        "open(f'pid-{rank}', 'w').write(str(os.getpid()))\n"
+        "while not os.path.exists('pid-0') or not os.path.exists('pid-1'):\n    time.sleep(0.05)\n"
+        "if rank == 1:\n    os.kill(os.getppid(), signal.SIGKILL)\n"
+        "time.sleep(100)"
+    )
+    job = start(tmp_path, worker, "1x2")
+    _, err = job.communicate(timeout=90)
+    assert job.returncode == 1, err
+    assert "error: the launcher failed" in err
+    assert still_running([int((tmp_path / f"pid-{rank}").read_text()) for rank in range(2)]) == []
+
+
 def test_an_error_of_the_user_found_by_the_trainer_is_one_message_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "ultrarec.launch.cli", "launch", "hstu_kuairand_sample", "--scheduler", "local_cwd"]
+    command = [
+        sys.executable,
+        "-m",
+        "ultrarec.launch.cli",
+        "launch",
+        "hstu_kuairand_sample",
+        "--scheduler",
+        "local_cwd",
+    ]
     command += ["-j", "1x1", "--out", str(tmp_path / "out"), "--set", f"data.path={tmp_path / 'nothing'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 2, done.stderr
@@ -108,7 +134,15 @@ def test_an_error_of_the_user_found_by_the_trainer_is_one_message_and_exit_code_
 
 def test_logs_that_cannot_be_written_are_said_in_one_message(tmp_path):
     (tmp_path / "file").write_text("no folder")
-    command = [sys.executable, "-m", "ultrarec.launch.cli", "launch", "hstu_kuairand_sample", "--scheduler", "local_cwd"]
+    command = [
+        sys.executable,
+        "-m",
+        "ultrarec.launch.cli",
+        "launch",
+        "hstu_kuairand_sample",
+        "--scheduler",
+        "local_cwd",
+    ]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "file" / "out")], capture_output=True, text=True, check=False, timeout=60
     )

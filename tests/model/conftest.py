@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
 from ultrarec.data.batch import Batch
 from ultrarec.data.config import FeatureConfig
 from ultrarec.data.order import LoaderState

@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+
 from ultrarec.kernels import AttentionMask
 from ultrarec.model.config import ModelConfig
 from ultrarec.model.hstu import HSTULayer, HSTUStack, Sequences

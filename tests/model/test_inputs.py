@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from ultrarec.data.config import FeatureConfig
 from ultrarec.model.config import ModelConfig
 from ultrarec.model.inputs import ActionEncoder, ContentEncoder, ContextEncoder, FeatureTables

@@ -1,4 +1,5 @@
 import torch
+
 from ultrarec.model.layout import Layout
 
 # Sample 0: history 10 11, target 12. Sample 1: nothing. Sample 2: targets 13 14. Sample 3: history 15.

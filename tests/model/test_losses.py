@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from ultrarec.model import losses
 from ultrarec.model.losses import full_softmax, multi_task_bce, normalize, sampled_softmax
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from ultrarec.model.layout import Layout
 from ultrarec.model.positions import PositionEncoder, TimeEncoder
 

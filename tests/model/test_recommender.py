@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+
 from ultrarec.data.config import FeatureConfig
 from ultrarec.model.config import ModelConfig, ObjectiveConfig
 from ultrarec.model.recommender import NextItemModel, RankingModel, build_model

@@ -1,0 +1,164 @@
+"""What a checkpoint is made of, how it is kept, and what the commands say about it."""
+
+import argparse
+import hashlib
+import json
+import shutil
+
+import pytest
+from process_group import run_ranks
+from small_runs import checkpoint_tensors, config_of, differing, final_tensors, train_on_ranks
+from ultrarec.data.errors import UserError
+from ultrarec.trainer.checkpoint_command import add_arguments, run
+from ultrarec.trainer.manifest import MANIFEST, Manifest, all_checkpoints, checkpoint_folder, complete_checkpoints, step_of
+
+
+@pytest.fixture
+def command():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return lambda *words: run(parser.parse_args([str(word) for word in words]))
+
+
+@pytest.fixture
+def run_folder(trained, tmp_path):
+    """A copy of a run of two ranks, to be damaged."""
+    shutil.copytree(trained(2)["ranking"] / "checkpoints", tmp_path / "out" / "checkpoints")
+    return tmp_path / "out"
+
+
+def test_the_manifest_lists_every_file_with_size_and_checksum(trained):
+    folder = complete_checkpoints(trained(2)["ranking"])[-1]
+    written = json.loads((folder / MANIFEST).read_text())
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
+    assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} <= files.keys()
+    expected = [{"name": n, "bytes": len(b), "sha256": hashlib.sha256(b).hexdigest()} for n, b in sorted(files.items())]
+    assert sorted(written["files"], key=lambda record: record["name"]) == expected
+    assert (written["step"], written["batches"], written["world_size"]) == (24, 24, 2)
+    assert written["loader"] == {"epoch": 2, "consumed": 0}
+    assert written["versions"].keys() == {"ultrarec", "torch", "torchrec"}
+
+
+def test_checkpoints_lie_at_the_period_and_at_the_end(trained):
+    assert [step_of(folder) for folder in complete_checkpoints(trained(1)["ranking"])] == [5, 10, 15, 20, 24]
+
+
+def test_a_checkpoint_holds_the_state_of_its_own_step(trained):
+    out = trained(1)["ranking"]
+    first, last = checkpoint_tensors(checkpoint_folder(out, 5)), final_tensors(out)
+    assert first.keys() == last.keys()
+    # Unchanged: what dropout never draws from, and a window that each line of metrics empties.
+    assert set(first) - set(differing(first, last)) == {"rank/0/cpu_rng", "rank/0/window"}
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_only_the_newest_checkpoints_are_kept_and_what_a_kill_left_goes(dataset, tmp_path, keep_last):
+    out = tmp_path / "out"
+    abandoned = checkpoint_folder(out, 3)
+    abandoned.mkdir(parents=True)
+    settings = ("checkpoint.every=2", "trainer.max_steps=7", f"checkpoint.keep_last={keep_last}")
+    run_ranks(train_on_ranks, [(config_of(dataset, "ranking", *settings), out)], world_size=1)
+    assert [step_of(folder) for folder in all_checkpoints(out)] == [2, 4, 6, 7][-keep_last:]
+    assert all_checkpoints(out) == complete_checkpoints(out)
+
+
+def test_verify_finds_whole_checkpoints_whole(run_folder, command, capsys):
+    assert command("verify", run_folder) == 0
+    assert capsys.readouterr().out == "".join(f"ok       {folder}\n" for folder in complete_checkpoints(run_folder))
+    assert command("verify", checkpoint_folder(run_folder, 5)) == 0
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata"])
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ("flip", "{name} has another checksum than when it was written"),
+        ("truncate", "{name} has {less} bytes, written were {size}"),
+        ("remove", "{name} is missing"),
+    ],
+)
+def test_verify_names_a_damaged_file_and_exits_with_1(run_folder, command, capsys, name, damage, told):
+    path = checkpoint_folder(run_folder, 10) / name
+    content = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        path.write_bytes(flipped if damage == "flip" else content[:-1])
+    assert command("verify", run_folder) == 1
+    printed = capsys.readouterr().out
+    expected = told.format(name=name, less=len(content) - 1, size=len(content))
+    assert f"DAMAGED  {path.parent}\n         {expected}\n" in printed
+    assert printed.count("DAMAGED") == 1
+    assert command("verify", checkpoint_folder(run_folder, 5)) == 0
+
+
+def test_list_shows_every_checkpoint_and_marks_what_is_incomplete(run_folder, command, capsys):
+    (checkpoint_folder(run_folder, 15) / MANIFEST).unlink()
+    assert command("list", run_folder) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["step", "epoch", "ranks", "bytes", "folder"]
+    assert [row.split()[0] for row in rows] == ["5", "10", "15", "20", "24"]
+    assert "incomplete" in rows[2]
+    folder = checkpoint_folder(run_folder, 5)
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.name != MANIFEST)
+    assert rows[0].split() == ["5", "0", "2", f"{size:,}", str(folder)]
+
+
+def test_inspect_shows_position_versions_and_every_tensor(run_folder, command, capsys):
+    assert command("inspect", run_folder) == 0
+    printed = capsys.readouterr().out
+    folder = complete_checkpoints(run_folder)[-1]
+    assert printed.startswith(f"{folder}\nstep 24, written by 2 rank(s), position {{'epoch': 2, 'consumed': 0}}\n")
+    for name, tensor in checkpoint_tensors(folder).items():
+        (line,) = [line for line in printed.splitlines() if line.endswith(f" {name}")]
+        assert line.split()[0] == f"{tensor.numel() * tensor.element_size():,}"
+        assert str(list(tensor.shape)) in line
+        assert str(tensor.dtype).removeprefix("torch.") in line
+    (item,) = [line for line in printed.splitlines() if line.endswith("embeddings.item.weight")]
+    assert item.split()[1] == "2", "a row-wise table of two ranks has two shards"
+
+
+def test_inspect_of_damaged_metadata_says_so(run_folder, command):
+    folder = complete_checkpoints(run_folder)[-1]
+    (folder / ".metadata").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"\.metadata .*checkpoint verify"):
+        command("inspect", run_folder)
+
+
+@pytest.mark.parametrize("action", ["list", "verify", "inspect"])
+def test_a_path_without_checkpoints_is_refused(tmp_path, command, action):
+    with pytest.raises(UserError, match="is neither a checkpoint nor a run folder|is no complete checkpoint"):
+        command(action, tmp_path / "nowhere")
+
+
+def test_verify_of_a_checkpoint_without_manifest_is_refused(run_folder, command):
+    folder = checkpoint_folder(run_folder, 5)
+    (folder / MANIFEST).unlink()
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        command("verify", folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "is not a readable manifest"),
+        ("[]", "is not a readable manifest"),
+        ('{"step": 5}', "is not a readable manifest"),
+        ('{"format_version": 99}', "is not a readable manifest"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(run_folder, text, told):
+    folder = checkpoint_folder(run_folder, 5)
+    (folder / MANIFEST).write_text(text)
+    with pytest.raises(UserError, match=told):
+        Manifest.read(folder)
+
+
+def test_a_manifest_of_a_later_format_is_refused_with_both_versions(run_folder):
+    folder = checkpoint_folder(run_folder, 5)
+    values = json.loads((folder / MANIFEST).read_text()) | {"format_version": 99}
+    (folder / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(UserError, match="has format version 99; this version of ultrarec reads 1"):
+        Manifest.read(folder)

@@ -1,0 +1,201 @@
+"""A run that was cut off and continued is the run that was not, and on other ranks it still consumes each sample once."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from process_group import run_ranks
+from small_runs import (
+    audit,
+    audited_steps,
+    config_of,
+    differing,
+    final_tensors,
+    interrupted,
+    lines,
+    losses,
+    train_on_ranks,
+)
+from ultrarec.trainer.__main__ import main
+from ultrarec.trainer.manifest import MANIFEST, Manifest, checkpoint_folder, complete_checkpoints
+
+# An epoch has 12 steps: checkpoints lie inside a window of metrics (4, 8), at the end of an epoch (12), after it (16).
+SETTINGS = ("model.dropout=0.3", "checkpoint.every=4", "trainer.log_every=3", "trainer.evaluate_every=6")
+COSINE = ("optimizer.warmup_steps=5", "optimizer.decay=cosine", "optimizer.clip_norm=1.0", "trainer.accumulate=2")
+RESUMED = {"ranking": SETTINGS, "columns": SETTINGS, "sampled_softmax": (*SETTINGS, *COSINE, "data.batch_rows=4")}
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """Uninterrupted runs with dropout, by kind and world size."""
+    root = tmp_path_factory.mktemp("whole")
+    outs = {}
+    for world_size in (1, 2):
+        runs = {kind: (config_of(dataset, kind, *settings), root / f"{kind}-{world_size}") for kind, settings in RESUMED.items()}
+        run_ranks(train_on_ranks, list(runs.values()), world_size=world_size)
+        outs |= {(kind, world_size): out for kind, (_, out) in runs.items()}
+    return outs
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, dataset, tmp_path, world_size):
+    cuts = [("ranking", 4), ("ranking", 12), ("ranking", 16), ("columns", 8), ("sampled_softmax", 8), ("sampled_softmax", 16)]
+    runs = [
+        (config_of(dataset, kind, *RESUMED[kind]), interrupted(whole[kind, world_size], tmp_path / f"{kind}-{step}", step=step))
+        for kind, step in cuts
+    ]
+    run_ranks(train_on_ranks, runs, world_size=world_size)
+    for (kind, step), (_, out) in zip(cuts, runs, strict=True):
+        uninterrupted, what = whole[kind, world_size], f"{kind} resumed at {step}"
+        for split in ("train", "validation", "test"):
+            assert lines(out, split) == lines(uninterrupted, split), what
+            assert lines(out, split), what
+        for rank in range(world_size):
+            assert audited_steps(out, rank) == audited_steps(uninterrupted, rank), what
+        assert not differing(final_tensors(out), final_tensors(uninterrupted)), what
+
+
+def test_the_compared_checkpoints_hold_everything_that_training_changes(whole):
+    tensors = final_tensors(whole["ranking", 2])
+    groups = {name.split("/")[0] for name in tensors}
+    assert groups == {"weights", "tables", "dense", "rank"}
+    assert {name for name in tensors if name.startswith("rank/")} == {
+        f"rank/{rank}/{key}" for rank in (0, 1) for key in ("cpu_rng", "window")
+    }
+    tables = {name: tensor for name, tensor in tensors.items() if name.startswith("tables/")}
+    assert {name.split(".")[-2] for name in tensors if name.startswith("weights/lookup")} == {"item", "user_id"}
+    for table, rows in (("item", 46), ("user_id", 31)):
+        sums = [tensor for name, tensor in tables.items() if table in name and tensor.numel() >= rows]
+        assert any(bool(tensor.any()) for tensor in sums), f"no Adagrad sums of {table}"
+    assert any(name.endswith("exp_avg_sq") and bool(tensor.any()) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3), (3, 2)])
+def test_a_run_continues_on_another_number_of_ranks(trained, dataset, tmp_path, before, after):
+    """Without dropout the losses must be those of the uninterrupted run too, give or take rounding."""
+    kinds, cut = ("ranking", "columns", "full_softmax"), 10
+    whole = {kind: trained(before)[kind] for kind in kinds}
+    runs = [
+        (config_of(dataset, kind, "checkpoint.every=5"), interrupted(out, tmp_path / kind, step=cut)) for kind, out in whole.items()
+    ]
+    run_ranks(train_on_ranks, runs, world_size=after)
+    for (kind, uninterrupted), (_, out) in zip(whole.items(), runs, strict=True):
+        assert losses(out)[:cut] == losses(uninterrupted)[:cut]
+        assert losses(out) == pytest.approx(losses(uninterrupted), rel=1e-5), kind
+        steps = [line["step"] for line in lines(out)]
+        for rank in range(max(before, after)):
+            first = 0 if rank < before else cut
+            last = steps[-1] if rank < after else cut
+            assert [line["step"] for line in audited_steps(out, rank)] == steps[first:last], f"{kind}, rank {rank}"
+        assert {epoch: sorted(s) for epoch, s in audit(out).items()} == {
+            epoch: sorted(s) for epoch, s in audit(uninterrupted).items()
+        }, kind
+
+
+def test_a_run_may_change_its_number_of_ranks_again_and_again(trained, dataset, tmp_path):
+    out = interrupted(trained(2)["ranking"], tmp_path / "out", step=5)
+    for world_size, last in ((3, 11), (1, 14), (2, 100)):
+        run_ranks(train_on_ranks, [(config_of(dataset, "ranking", f"trainer.max_steps={last}"), out)], world_size=world_size)
+    assert losses(out) == pytest.approx(losses(trained(2)["ranking"]), rel=1e-5)
+    assert {e: sorted(s) for e, s in audit(out).items()} == {e: sorted(s) for e, s in audit(trained(1)["ranking"]).items()}
+
+
+def test_a_finished_run_is_left_as_it_is(trained, dataset, tmp_path):
+    out = interrupted(trained(1)["ranking"], tmp_path / "out", step=24)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and "tensorboard" not in path.parts}
+    run_ranks(train_on_ranks, [(config_of(dataset, "ranking", "checkpoint.every=5"), out)], world_size=1)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and "tensorboard" not in p.parts} == before
+
+
+def test_a_finished_run_whose_test_metrics_were_cut_off_gets_them(trained, dataset, tmp_path):
+    out = interrupted(trained(1)["ranking"], tmp_path / "out", step=24)
+    metrics = out / "metrics.jsonl"
+    text = metrics.read_text()
+    whole_lines = text.splitlines(keepends=True)
+    assert json.loads(whole_lines[-1])["split"] == "test"
+    metrics.write_text("".join(whole_lines[:-1]) + whole_lines[-1][:20])
+    run_ranks(train_on_ranks, [(config_of(dataset, "ranking", "checkpoint.every=5"), out)], world_size=1)
+    assert lines(out, "test") == lines(trained(1)["ranking"], "test")
+    assert lines(out) == lines(trained(1)["ranking"])
+
+
+def test_without_its_manifest_a_checkpoint_is_passed_over_for_the_one_before(trained, dataset, tmp_path):
+    out = interrupted(trained(2)["ranking"], tmp_path / "out", step=15)
+    (checkpoint_folder(out, 15) / MANIFEST).unlink()
+    assert complete_checkpoints(out)[-1] == checkpoint_folder(out, 10)
+    run_ranks(train_on_ranks, [(config_of(dataset, "ranking", "checkpoint.every=5"), out)], world_size=2)
+    assert lines(out) == lines(trained(2)["ranking"])
+    assert not differing(final_tensors(out), final_tensors(trained(2)["ranking"]))
+    assert Manifest.read(checkpoint_folder(out, 15)).problems(checkpoint_folder(out, 15)) == []
+
+
+def damage_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "has another checksum than when it was written": damage_byte,
+    "bytes, written were": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "is missing": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("problem", DAMAGE)
+@pytest.mark.parametrize("name", ["__1_0.distcp", ".metadata"])
+def test_a_damaged_checkpoint_is_not_loaded(trained, dataset, tmp_path, problem, name):
+    out = interrupted(trained(2)["ranking"], tmp_path / "out", step=10)
+    folder = checkpoint_folder(out, 10)
+    DAMAGE[problem](folder / name)
+    with pytest.raises(RuntimeError) as caught:
+        run_ranks(train_on_ranks, [(config_of(dataset, "ranking"), out)], world_size=1)
+    (told,) = [line for line in str(caught.value).splitlines() if "UserError" in line]
+    assert f"checkpoint {folder} is damaged: {name} " in told
+    assert problem in told
+    assert told.endswith("; delete that folder to use an older one")
+
+
+def train_by_command(dataset: Path, kind: str, out: Path, *arguments: str) -> int:
+    config_of(dataset, kind)
+    recipe = str(dataset.parent / f"{kind}.toml")
+    return main([recipe, "--out", str(out), "--set", "data.batch_rows=24", *arguments])
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["model.width=16", "model.num_layers=1", "embeddings.dim=8", "data.seed=3", "objective.tasks=['is_click']", "data.batch_rows=12"],
+)
+def test_a_run_of_another_configuration_is_not_continued(trained, dataset, tmp_path, capsys, change):
+    out = interrupted(trained(1)["ranking"], tmp_path / "out", step=5)
+    kept = (out / "config.toml").read_text()
+    assert train_by_command(dataset, "ranking", out, "--set", change) == 2
+    told = capsys.readouterr().err
+    assert f"error: {out} holds a run of another configuration" in told
+    assert told.endswith("restore those settings to continue it, or choose another --out\n")
+    assert (out / "config.toml").read_text() == kept
+
+
+def test_fresh_refuses_a_folder_that_holds_a_run(trained, dataset, tmp_path, capsys):
+    out = interrupted(trained(1)["ranking"], tmp_path / "out", step=5)
+    told = f"error: --fresh: {out} already holds a run; choose another --out, or delete that folder\n"
+    assert train_by_command(dataset, "ranking", out, "--fresh") == 2
+    assert told in capsys.readouterr().err
+    shutil.rmtree(out / "checkpoints")
+    assert train_by_command(dataset, "ranking", out, "--fresh") == 2
+    assert told in capsys.readouterr().err
+
+
+def test_tables_of_another_size_are_refused_by_name_of_the_checkpoint(trained, dataset, tmp_path):
+    out = interrupted(trained(1)["ranking"], tmp_path / "out", step=5)
+    smaller = tmp_path / "smaller" / "dataset"
+    shutil.copytree(dataset, smaller)
+    info = json.loads((smaller / "dataset.json").read_text())
+    info["vocabularies"]["items"]["size"] += 7
+    (smaller / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(RuntimeError) as caught:
+        run_ranks(train_on_ranks, [(config_of(dataset, "ranking", f"data.path={smaller}"), out)], world_size=1)
+    (told,) = [line for line in str(caught.value).splitlines() if "UserError" in line]
+    assert f"checkpoint {checkpoint_folder(out, 5)} does not fit this run: " in told
+    assert told.endswith("; it was written for other tables or another model")

@@ -1,0 +1,220 @@
+"""A run is the same run on any number of ranks, and consumes each sample once."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.distributed as dist
+from process_group import run_ranks
+from small_runs import (
+    KINDS,
+    audit,
+    audited_steps,
+    config_of,
+    differing,
+    final_tensors,
+    lines,
+    losses,
+    make_dataset,
+    train_on_ranks,
+)
+from ultrarec.data.loader import NextItemSampler, RankingSampler
+from ultrarec.data.samples import RowCounts
+from ultrarec.trainer.loop import train
+from ultrarec.trainer.parallel import World
+from ultrarec.trainer.run import open_run
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def expected_samples(dataset, sampler):
+    """(file, row, sample) of every training sample, from the files themselves."""
+    found = []
+    for number, path in enumerate(sorted(dataset.glob("histories/*.parquet"))):
+        table = pq.read_table(path, columns=["num_events", "num_train", "num_validation"])
+        counts = RowCounts(*(table[name].to_numpy().astype(np.int32) for name in table.column_names))
+        for row, count in enumerate(sampler.num_samples(counts, "train").tolist()):
+            found += [(number, row, sample) for sample in range(count)]
+    return found
+
+
+def test_small_datasets_have_what_the_other_tests_rely_on(dataset):
+    samples = expected_samples(dataset, RankingSampler(12, 1))
+    assert len(samples) % 24
+    assert len(expected_samples(dataset, NextItemSampler(12))) % 7 == 1, "the last step must leave ranks without samples"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_losses_on_several_ranks_are_those_on_one(trained, kind, world_size):
+    alone, together = losses(trained(1)[kind]), losses(trained(world_size)[kind])
+    assert len(alone) >= 20
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_weights_and_optimizer_states_on_several_ranks_are_those_on_one(trained, kind, world_size):
+    alone, together = (final_tensors(trained(size)[kind]) for size in (1, world_size))
+    names = {name for name in alone if not name.startswith("rank/")}
+    assert names == {name for name in together if not name.startswith("rank/")}
+    for name in sorted(names):
+        torch.testing.assert_close(together[name], alone[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_sample_of_every_epoch_is_consumed_once_over_all_ranks(trained, dataset, kind, world_size):
+    sampler = NextItemSampler(12) if "softmax" in kind else RankingSampler(12, 1)
+    expected = expected_samples(dataset, sampler)
+    consumed = audit(trained(world_size)[kind])
+    assert sorted(consumed) == list(range(4 if "softmax" in kind else 2))
+    for epoch, samples in consumed.items():
+        assert sorted(samples) == expected, f"epoch {epoch}"
+
+
+def test_every_rank_audits_every_step_once(trained):
+    for kind, out in trained(3).items():
+        for rank in range(3):
+            assert [line["step"] for line in audited_steps(out, rank)] == [line["step"] for line in lines(out)], kind
+
+
+def test_learning_lowers_the_loss(trained):
+    for kind in ("full_softmax", "sampled_softmax"):
+        curve = losses(trained(1)[kind])
+        assert sum(curve[-7:]) < 0.8 * sum(curve[:7]), kind
+
+
+def few_samples(dataset: Path, kind: str, folder: Path) -> None:
+    train_on_ranks([(config_of(dataset, kind, "data.batch_rows=3", "trainer.epochs=3"), folder)])
+
+
+@pytest.mark.parametrize("kind", ["ranking", "full_softmax"])
+def test_more_ranks_than_samples_of_a_step_neither_hang_nor_drop_one(tmp_path, kind):
+    small = make_dataset(tmp_path / "dataset", num_users=4, mean_events=1.5)
+    sampler = NextItemSampler(12) if kind == "full_softmax" else RankingSampler(12, 1)
+    expected = expected_samples(small, sampler)
+    run_ranks(few_samples, small, kind, tmp_path / "four", world_size=4)
+    run_ranks(few_samples, small, kind, tmp_path / "one", world_size=1)
+    assert {epoch: sorted(found) for epoch, found in audit(tmp_path / "four").items()} == dict.fromkeys(range(3), expected)
+    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ranking", "sampled_softmax"])
+def test_the_first_losses_are_the_recorded_ones(trained, kind):
+    with (GOLDEN / f"{kind}.csv").open() as file:
+        recorded = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert len(recorded) == 10
+    assert losses(trained(1)[kind])[:10] == pytest.approx(recorded, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def variants(dataset, tmp_path_factory):
+    """Run folders of variants of the ranking run on two ranks, by name."""
+    root = tmp_path_factory.mktemp("variants")
+    few, still = "trainer.max_steps=9", "embeddings.optimizer.lr=1e-12"
+    settings = {
+        "plain": [few],
+        "bf16": [few, "trainer.precision=bf16"],
+        "clipped": [few, "optimizer.clip_norm=1e-6", "optimizer.eps=1e-3"],
+        "dropout": [few, "model.dropout=0.3"],
+        "dropout again": [few, "model.dropout=0.3"],
+        "dropout of another seed": [few, "model.dropout=0.3", "trainer.seed=1"],
+        "evaluating": [few, "trainer.evaluate_every=2", "model.dropout=0.3"],
+        "large batches": [still, "trainer.max_steps=5"],
+        "accumulated batches": [still, "trainer.max_steps=5", "trainer.accumulate=2", "data.batch_rows=12"],
+        "accumulated to the end": ["trainer.accumulate=5"],
+        "event hash": [few, "data.features.author={kind='hash', role='event', num_values=50}"],
+    }
+    runs = {name: (config_of(dataset, "ranking", *chosen), root / name) for name, chosen in settings.items()}
+    run_ranks(train_on_ranks, list(runs.values()), world_size=2)
+    return {name: out for name, (_, out) in runs.items()}
+
+
+def test_two_accumulated_batches_move_dense_weights_like_one_twice_as_large(variants):
+    """Tables learn in every backward pass, so they are held still here."""
+    large, accumulated = final_tensors(variants["large batches"]), final_tensors(variants["accumulated batches"])
+    assert losses(variants["accumulated batches"]) == pytest.approx(losses(variants["large batches"]), rel=1e-5)
+    for name in (name for name in large if name.startswith("weights/model.")):
+        torch.testing.assert_close(accumulated[name], large[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_accumulation_ends_with_the_epoch_and_consumes_each_sample_once(variants, dataset):
+    out = variants["accumulated to the end"]
+    expected = expected_samples(dataset, RankingSampler(12, 1))
+    assert {epoch: sorted(found) for epoch, found in audit(out).items()} == dict.fromkeys(range(2), expected)
+    steps = [line["step"] for line in lines(out)]
+    assert steps == list(range(1, 2 * -(-len(expected) // (24 * 5)) + 1))
+
+
+def test_bf16_is_near_fp32_and_not_equal_to_it(variants):
+    full, half = losses(variants["plain"]), losses(variants["bf16"])
+    assert half == pytest.approx(full, rel=0.02)
+    assert half != full
+    assert {t.dtype for n, t in final_tensors(variants["bf16"]).items() if n.startswith("weights/")} == {torch.float32}
+
+
+def test_clipping_reports_the_norm_before_it_and_shrinks_the_update(variants):
+    plain, clipped = lines(variants["plain"]), lines(variants["clipped"])
+    assert clipped[0] == plain[0]
+    assert clipped[0]["grad_norm"] > 1e-6
+    moved = [abs(line["loss"] - plain[0]["loss"]) for line in (clipped[-1], plain[-1])]
+    assert moved[0] != moved[1]
+
+
+def test_dropout_is_a_function_of_the_seed(variants):
+    first, again = final_tensors(variants["dropout"]), final_tensors(variants["dropout again"])
+    assert lines(variants["dropout"]) == lines(variants["dropout again"])
+    assert not differing(first, again)
+    assert losses(variants["dropout of another seed"])[0] != losses(variants["dropout"])[0]
+    assert losses(variants["plain"])[0] != losses(variants["dropout"])[0]
+
+
+def test_evaluating_during_training_changes_nothing_that_follows(variants):
+    plain, evaluating = variants["dropout"], variants["evaluating"]
+    assert [line["step"] for line in lines(evaluating, "validation")] == [2, 4, 6, 8, 9]
+    assert lines(evaluating) == lines(plain)
+    assert not differing(final_tensors(plain), final_tensors(evaluating))
+
+
+def test_a_hashed_event_feature_is_trained_as_a_dense_table(variants):
+    table = final_tensors(variants["event hash"])
+    assert len(losses(variants["event hash"])) == 9
+    assert any(tensor.shape == (51, 6) for name, tensor in table.items() if name.startswith("weights/model."))
+
+
+def break_a_weight(dataset: Path, out: Path) -> tuple[str, bool, bool]:
+    """Train, make a dense weight NaN, train on: what is said, and whether tables and dense weights stayed."""
+    world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch.device("cpu"))
+    with open_run(config_of(dataset, "ranking", "trainer.max_steps=2"), out, world, fresh=False) as run:
+        train(run)
+    with open_run(config_of(dataset, "ranking", "trainer.max_steps=9"), out, world, fresh=False) as run:
+        with torch.no_grad():
+            next(iter(run.trainable.optimizer.dense.values())).fill_(torch.nan)
+
+        def state() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+            tensors = run.trainable.tensors()
+            sharded = [shard.tensor for t in tensors.values() if hasattr(t, "local_shards") for shard in t.local_shards()]
+            dense = [t for t in tensors.values() if type(t) is torch.Tensor]
+            return [t.clone() for t in sharded], [t.clone() for t in dense]
+
+        tables, dense = state()
+        try:
+            train(run)
+        except RuntimeError as error:
+            after_tables, after_dense = state()
+            equal = [torch.equal(a, b) for a, b in zip(tables, after_tables, strict=True)]
+            same = [torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(dense, after_dense, strict=True)]
+            return str(error), bool(equal) and all(equal), bool(same) and all(same)
+    return "trained", False, False
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loss_that_is_not_finite_stops_every_rank_before_the_update(dataset, tmp_path, world_size):
+    for said, tables_stayed, dense_stayed in run_ranks(break_a_weight, dataset, tmp_path / "out", world_size=world_size):
+        assert "loss is not finite; stopped before the update" in said
+        assert tables_stayed
+        assert dense_stayed
