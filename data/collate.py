@@ -89,7 +89,7 @@ class Collator:
         return KeyedJaggedTensor.from_lengths_sync(list(bags), _tensor(values), _tensor(bag_lengths))
 
     def _candidate_ids(self, step: Step, candidates: Candidates) -> Integers:
-        """The ids of a training step; evaluation compares with none, but has the key, as every batch of a model does."""
+        """The ids of a training step; evaluation compares with none, but has the key, as every batch does."""
         if self.split != "train":
             return np.zeros(0, np.int64)
         return candidates.ids(seed=self.seed, epoch=step.epoch, first_sample=step.first_sample)

@@ -37,8 +37,8 @@ class DataConfig(BaseModel):
     features: dict[str, FeatureConfig] = {}
     """Columns read beside items, timestamps and actions, by name. `user_id` may be read as a `user` feature."""
     max_history: int = Field(default=200, gt=0)
-    """Newest events of a user that a sample keeps in front of its targets. Ranking reads of them what is earlier in time
-    than the first target: a record that the log repeats under one timestamp would give the label away."""
+    """Newest events of a user that a sample keeps in front of its targets. Ranking reads of them what is earlier than
+    the first target: a record that the log repeats under one timestamp would give the label away."""
     targets_per_sample: int = Field(default=1, gt=0)
     """Ranking, training: consecutive events that share one history. 1 shows each target everything before it;
     more cost less, and hide a sample's own events from each other. Evaluation always uses 1."""

@@ -57,9 +57,10 @@ class Slices:
 class RankingSampler:
     """Each target event is judged, given the newest `max_history` events before it.
 
-    Of those, the batch drops what has the target's own timestamp (see `collate`). Training takes `targets_per_sample` consecutive events at a time, which share the history before the first of
-    them. Evaluation takes one event at a time with all that precedes it, earlier events of the same split included,
-    as in serving. A user's first event has an empty history.
+    Of those, the batch drops what has the target's own timestamp (see `collate`). Training takes `targets_per_sample`
+    consecutive events at a time, which share the history before the first of them. Evaluation takes one event at a
+    time with all that precedes it, earlier events of the same split included, as in serving. A user's first event has
+    an empty history.
     """
 
     max_history: int

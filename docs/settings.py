@@ -33,7 +33,14 @@ def page() -> str:
 
 
 def _section(name: str, model: type[BaseModel]) -> str:
-    lines = [f"## [{name}]", "", _one_line(model.__doc__ or ""), "", "| setting | type | default | meaning |", "|---|---|---|---|"]
+    lines = [
+        f"## [{name}]",
+        "",
+        _one_line(model.__doc__ or ""),
+        "",
+        "| setting | type | default | meaning |",
+        "|---|---|---|---|",
+    ]
     lines += [_row(setting, field) for setting, field in model.model_fields.items()]
     return "\n".join(lines) + "\n"
 

@@ -39,5 +39,11 @@ def init_tables(module: nn.Module, *, std: float, seed: int) -> None:
                 for shard in weight.local_shards():
                     row, column = shard.metadata.shard_offsets
                     init_rows(
-                        shard.tensor, table=table, first_row=row, first_column=column, dim=weight.size(1), std=std, seed=seed
+                        shard.tensor,
+                        table=table,
+                        first_row=row,
+                        first_column=column,
+                        dim=weight.size(1),
+                        std=std,
+                        seed=seed,
                     )

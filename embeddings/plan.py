@@ -54,7 +54,7 @@ def make_plan(
         UserError: `embeddings.sharding` names a table that does not exist, or the tables do not fit.
     """
     sharder = EmbeddingCollectionSharder(fused_params=fused_params(config.optimizer))
-    names = [table.name for m in module.modules() for table in getattr(m, "embedding_configs", lambda: [])()]
+    names = [table.name for m in module.modules() for table in getattr(m, "embedding_configs", list)()]
     unknown = sorted(set(config.sharding) - set(names))
     if unknown:
         raise UserError(f"embeddings.sharding names {unknown}; the tables of this run are {names}")
@@ -97,7 +97,9 @@ def _topology(config: EmbeddingsConfig, device: torch.device) -> Topology:
 
 def describe_plan(plan: ShardingPlan, config: EmbeddingsConfig) -> str:
     """The plan as a table of text: for each table its placement, why, and the rows and columns of each rank."""
-    lines = [f"{'table':<16} {'sharding':<12} {'kernel':<8} {'placed by':<14} shards: rank [rows x columns at row, column]"]
+    lines = [
+        f"{'table':<16} {'sharding':<12} {'kernel':<8} {'placed by':<14} shards: rank [rows x columns at row, column]"
+    ]
     for module_plan in plan.plan.values():
         for table, placement in sorted(module_plan.items()):
             reason = "recipe" if config.sharding.get(table, "auto") != "auto" else "planner"

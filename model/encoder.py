@@ -89,9 +89,7 @@ class SequenceEncoder(nn.Module):
         )
         return Encoded(tokens=self.stack(self.dropout(x_SE), sequences), content=content_TE, layout=layout)
 
-    def event_tokens(
-        self, batch: Batch, embeddings: dict[str, Tensor], layout: Layout, content_TE: Tensor
-    ) -> Tensor:
+    def event_tokens(self, batch: Batch, embeddings: dict[str, Tensor], layout: Layout, content_TE: Tensor) -> Tensor:
         """Tokens [T, E]: content, action, position and time of every event."""
         x_TE = content_TE
         if self.action is not None:

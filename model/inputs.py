@@ -33,7 +33,7 @@ def features_of(features: Features, role: Role) -> Features:
 
 
 class FeatureTables(nn.Module):
-    """A dense table per feature, for vocabularies small enough to live on every rank; `hash` features come looked up."""
+    """A dense table per feature, for vocabularies that fit on every rank; `hash` features come looked up."""
 
     def __init__(self, features: Features, width: int) -> None:
         super().__init__()

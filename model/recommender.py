@@ -91,8 +91,9 @@ class NextItemModel(nn.Module):
     def forward(self, batch: Batch, embeddings: Embeddings) -> tuple[Tensor, NextItemOutput]:
         """The loss, summed over this rank's labels, and the user vectors it was made of.
 
-        `embeddings`: "item" [T, D], as much for each `hash` feature ([B, D] of users), and in training "candidate" [C, D] with, for the
-        sampled softmax, "positive" [M, D]; without "positive" the candidates are the catalogue, ids 1..C in order.
+        `embeddings`: "item" [T, D], as much for each `hash` feature ([B, D] of users), and in training "candidate"
+        [C, D] with, for the sampled softmax, "positive" [M, D]; without "positive" the candidates are the catalogue,
+        ids 1..C in order.
         In evaluation mode (`model.eval()`) only the last position of each sample becomes a user vector, candidates
         are not needed and the loss is 0.
         """

@@ -12,7 +12,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from ..data.batch import Batch
 from ..data.errors import UserError
 from ..data.loader import Loader, LoaderState
-from ..data.samples import Candidates, NextItemSampler, RankingSampler
+from ..data.samples import Candidates, NextItemSampler, RankingSampler, Split
 from ..data.schema import DatasetInfo
 from ..embeddings.lookup import Lookup, init_tables
 from ..embeddings.plan import describe_plan, make_plan
@@ -57,7 +57,7 @@ def candidates_of(config: Config, info: DatasetInfo) -> Candidates | None:
 
 
 def build_loader(
-    config: Config, info: DatasetInfo, world: World, *, split: str, state: LoaderState | None = None
+    config: Config, info: DatasetInfo, world: World, *, split: Split, state: LoaderState | None = None
 ) -> Loader:
     """Batches of one split for this rank: shuffled epochs of the training split, one ordered pass of the others."""
     data = config.data
@@ -83,7 +83,7 @@ def build_recommender(config: Config, info: DatasetInfo) -> Recommender:
     """The whole model with tables on the meta device, its dense weights drawn from `trainer.seed`."""
     features = config.data.features
     candidates = candidates_of(config, info)
-    item_keys = ("item",)
+    item_keys: tuple[str, ...] = ("item",)
     if candidates is not None:
         item_keys += ("positive", "candidate") if candidates.kind == "sampled" else ("candidate",)
     torch.manual_seed(config.trainer.seed)
@@ -107,7 +107,8 @@ def shard(recommender: Recommender, config: Config, world: World) -> Sharded:
     """Spread the tables over the ranks, replicate the rest, and give the tables their initial rows."""
     if config.embeddings.optimizer.kind == "adam" and world.device.type == "cpu":
         raise UserError(
-            "embeddings.optimizer.kind='adam' needs CUDA: fbgemm's CPU tables have no fused Adam; use 'rowwise_adagrad' on the CPU"
+            "embeddings.optimizer.kind='adam' needs CUDA: fbgemm's CPU tables have no fused Adam; "
+            "use 'rowwise_adagrad' on the CPU"
         )
     plan, sharder = make_plan(recommender, config.embeddings, device=world.device)
     parallel = DistributedModelParallel(recommender, device=world.device, plan=plan, sharders=[sharder])

@@ -1,10 +1,10 @@
 """Sharded checkpoints: written by all ranks, complete when the manifest stands, loaded on any number of ranks.
 
-    OUT/checkpoints/step-00000100/
-        __R_N.distcp, .metadata   torch.distributed.checkpoint: weights, optimizer state of tables and dense weights,
-                                  random numbers and open metrics of every rank
-        manifest.json             written last: step, world size, position in the data, files with sizes and checksums,
-                                  versions, hash of the configuration; a folder without it is not a checkpoint
+OUT/checkpoints/step-00000100/
+    __R_N.distcp, .metadata   torch.distributed.checkpoint: weights, optimizer state of tables and dense weights,
+                              random numbers and open metrics of every rank
+    manifest.json             written last: step, world size, position in the data, files with sizes and checksums,
+                              versions, hash of the configuration; a folder without it is not a checkpoint
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
@@ -71,7 +72,7 @@ def save(trainable: Trainable, out: Path, *, world: World, config_hash: str, kee
         folder.mkdir(parents=True)
     dist.barrier()
     own = {f"rank/{world.rank}/{key}": value for key, value in state.rank_state().items()}
-    dcp.save(trainable.tensors() | own, checkpoint_id=folder)
+    state_dict_saver.save(trainable.tensors() | own, checkpoint_id=folder)
     records = gather_objects([file_record(path) for path in sorted(folder.glob(f"__{world.rank}_*"))])
     if world.is_main:
         Manifest(
@@ -88,7 +89,7 @@ def save(trainable: Trainable, out: Path, *, world: World, config_hash: str, kee
 
 
 def retain(out: Path, *, keep_last: int) -> None:
-    """Delete complete checkpoints but the newest `keep_last`, and incomplete ones older than the newest complete one."""
+    """Delete complete checkpoints but the newest `keep_last`, and incomplete ones before the newest."""
     complete = complete_checkpoints(out)
     for folder in all_checkpoints(out):
         if folder not in complete[-keep_last:] and (step_of(folder) or 0) < (step_of(complete[-1]) or 0):
@@ -124,15 +125,18 @@ def load(trainable: Trainable, folder: Path, *, world: World) -> Manifest:
 def _verified(folder: Path, world: World) -> Manifest:
     """The manifest, after all ranks together have checked every file it lists."""
     manifest = Manifest.read(folder)
-    problems = sum(gather_objects(manifest.problems(folder, part=world.rank, parts=world.size)), [])
+    shares = gather_objects(manifest.problems(folder, part=world.rank, parts=world.size))
+    problems = [problem for share in shares for problem in share]
     if problems:
-        raise UserError(f"checkpoint {folder} is damaged: {'; '.join(problems)}; delete that folder to use an older one")
+        raise UserError(
+            f"checkpoint {folder} is damaged: {'; '.join(problems)}; delete that folder to use an older one"
+        )
     return manifest
 
 
 def _fill(tensors: dict[str, Any], folder: Path) -> None:
     try:
-        dcp.load(tensors, checkpoint_id=folder)
+        state_dict_loader.load(tensors, checkpoint_id=folder)
     except Exception as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(
@@ -142,14 +146,18 @@ def _fill(tensors: dict[str, Any], folder: Path) -> None:
 
 def _rank_states(folder: Path, world_size: int) -> list[dict[str, Tensor]]:
     """What every rank of the saving run left, in rank order; read by every rank, since it is small."""
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     entries = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in stored.items()
         if name.startswith("rank/") and isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(entries, checkpoint_id=folder)
+    state_dict_loader.load(entries, checkpoint_id=folder)
     return [
-        {name.removeprefix(f"rank/{rank}/"): value for name, value in entries.items() if name.startswith(f"rank/{rank}/")}
+        {
+            name.removeprefix(f"rank/{rank}/"): value
+            for name, value in entries.items()
+            if name.startswith(f"rank/{rank}/")
+        }
         for rank in range(world_size)
     ]

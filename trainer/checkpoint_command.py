@@ -14,7 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|verify|inspect")
     for name, text in (
         ("list", "the checkpoints of a run, complete or not"),
-        ("verify", "check every file of a checkpoint (of all of a run's) against its manifest; exit 1 if one is damaged"),
+        (
+            "verify",
+            "check every file of a checkpoint (of all of a run's) against its manifest; exit 1 if one is damaged",
+        ),
         ("inspect", "the tensors of a checkpoint (of a run's newest) with shapes, types and bytes"),
     ):
         action = actions.add_parser(name, help=text, description=text)
@@ -49,7 +52,9 @@ def verify(path: Path) -> int:
     for folder in folders:
         problems = Manifest.read(folder).problems(folder)
         damaged |= bool(problems)
-        print(f"{'DAMAGED' if problems else 'ok':<8} {folder}{''.join(f'{chr(10)}         {line}' for line in problems)}")
+        print(
+            f"{'DAMAGED' if problems else 'ok':<8} {folder}{''.join(f'{chr(10)}         {line}' for line in problems)}"
+        )
     return int(damaged)
 
 
@@ -57,17 +62,24 @@ def inspect(path: Path) -> int:
     """Print the manifest and the tensors."""
     folder = path if (path / MANIFEST).is_file() else (complete_checkpoints(path) or [path])[-1]
     manifest = Manifest.read(folder)
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     print(f"{folder}\nstep {manifest.step}, written by {manifest.world_size} rank(s), position {manifest.loader}")
     print(f"configuration {manifest.config_hash}, versions {manifest.versions}\n")
     print(f"{'bytes':>14}  {'shards':>6}  {'type':<10} {'shape':<18} tensor")
-    for name, entry in sorted(FileSystemReader(folder).read_metadata().state_dict_metadata.items()):
+    try:
+        stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    except Exception as error:  # whatever unpickling damaged bytes may raise
+        raise UserError(
+            f"{folder / '.metadata'} cannot be read ({error}); "
+            f"`ultrarec checkpoint verify {folder}` tells what is damaged"
+        ) from error
+    for name, entry in sorted(stored.items()):
         if isinstance(entry, TensorStorageMetadata):
             size = entry.size.numel() * entry.properties.dtype.itemsize
             kind = str(entry.properties.dtype).removeprefix("torch.")
-            print(f"{size:>14,}  {len(entry.chunks):>6}  {kind:<10} {str(list(entry.size)):<18} {name}")
+            print(f"{size:>14,}  {len(entry.chunks):>6}  {kind:<10} {list(entry.size)!s:<18} {name}")
     return 0
 
 

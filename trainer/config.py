@@ -40,7 +40,7 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)
-    """Largest norm of the dense gradients of a step; embedding gradients are applied inside the tables' backward and are not clipped."""
+    """Largest norm of a step's dense gradients; those of tables are applied inside their backward, unclipped."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which every learning rate rises linearly from 0."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
@@ -154,9 +154,7 @@ def _recipe_path(name: str) -> Path:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UserError(
-            f"no recipe {name!r}; {hint}recipes: {', '.join(known)}; a file of your own must end in .toml"
-        )
+        raise UserError(f"no recipe {name!r}; {hint}recipes: {', '.join(known)}; a file of your own must end in .toml")
     return RECIPES / f"{name}.toml"
 
 
@@ -166,7 +164,9 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}; check the path") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); a configuration is TOML") from None
+        raise UserError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); a configuration is TOML"
+        ) from None
 
 
 def _parse(text: str, *, source: str) -> dict[str, Any]:

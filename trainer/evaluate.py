@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from ..data.batch import Batch
 from ..data.loader import Loader
+from ..data.samples import Split
 from ..data.schema import DatasetInfo
-from ..model.recommender import NextItemOutput, RankingOutput
+from ..model.recommender import NextItemModel, NextItemOutput, RankingOutput
 from .build import Recommender, build_loader
 from .config import Config
 from .metrics import next_item_metrics, ranking_metrics
@@ -36,7 +37,7 @@ class Evaluator:
     world: World
     parallel: DistributedModelParallel
 
-    def __call__(self, split: str) -> dict[str, float]:
+    def __call__(self, split: Split) -> dict[str, float]:
         """The metrics of a split, equal on every rank."""
         training = self.parallel.training
         self.parallel.eval()
@@ -50,7 +51,7 @@ class Evaluator:
     def _is_next_item(self) -> bool:
         return self.config.objective.kind == "next_item"
 
-    def _batches(self, split: str) -> Iterator[Batch]:
+    def _batches(self, split: Split) -> Iterator[Batch]:
         loader = build_loader(self.config, self.info, self.world, split=split)
         hidden = not self.world.is_main
         for batch in tqdm(loader, total=len_of(loader), desc=split, unit="batch", leave=False, disable=hidden or None):
@@ -61,31 +62,34 @@ class Evaluator:
         with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16):
             return self.parallel(batch)
 
-    def _evaluate_ranking(self, split: str) -> dict[str, float]:
+    def _evaluate_ranking(self, split: Split) -> dict[str, float]:
         loss, outputs = torch.zeros((), dtype=torch.float64, device=self.world.device), []
         for batch in self._batches(split):
             loss_sum, output = self._forward(batch)
             loss += loss_sum.double()
             outputs.append(output)
         logits, labels, users = (
-            gather_rows(torch.cat([getattr(output, name) for output in outputs])) for name in ("logits", "labels", "users")
+            gather_rows(torch.cat([getattr(output, name) for output in outputs]))
+            for name in ("logits", "labels", "users")
         )
         mean_loss = float(sum_over_ranks(loss)) / len(labels)
         return {"loss": mean_loss, **ranking_metrics(logits, labels, users, self.config.objective.tasks)}
 
-    def _evaluate_next_item(self, split: str) -> dict[str, float]:
+    def _evaluate_next_item(self, split: Split) -> dict[str, float]:
         users, targets, seen = [], [], []
         for batch in self._batches(split):
             _, output = self._forward(batch)
+            assert isinstance(output, NextItemOutput)
             real = batch.labels.numel()  # a padding batch has a sample, but no label
             users.append(output.user_vectors[:real])
             targets.append(batch.labels)
             seen += split_inputs(batch)[:real]
-        ranks = self._ranks(torch.cat(users), torch.cat(targets), seen)
+        # A split whose events all lack a history gives no sample, on no rank.
+        ranks = self._ranks(torch.cat(users), torch.cat(targets), seen) if users else torch.zeros(0)
         return next_item_metrics(gather_rows(ranks))
 
     def _ranks(self, users_MD: Tensor, targets_M: Tensor, seen: list[Tensor]) -> Tensor:
-        """Rank of each target among all items that the user's input does not hold, [M] from 1; ties count against it."""
+        """Rank of each target among all items that are not in the input, [M] from 1; ties count against it."""
         # Two passes: a target's own score is known only once its chunk has passed.
         target_scores = torch.full_like(users_MD[:, 0], float("inf"))
         for first, items_CD in self._catalogue():
@@ -97,7 +101,9 @@ class Evaluator:
         ranks = torch.ones_like(targets_M)
         for first, items_CD in self._catalogue():
             for rows, scores in self._scores(users_MD, items_CD):
-                excluded = torch.cat([targets_M[rows, None].cpu(), _padded(seen[rows.start : rows.stop])], dim=1) - first
+                excluded = (
+                    torch.cat([targets_M[rows, None].cpu(), _padded(seen[rows.start : rows.stop])], dim=1) - first
+                )
                 _drop(scores, excluded.to(scores.device))
                 ranks[rows] += (scores >= target_scores[rows, None]).sum(1)
         # An item outside the vocabulary cannot be recommended: it ranks behind all of it.
@@ -111,7 +117,9 @@ class Evaluator:
 
     def _catalogue(self) -> Iterator[tuple[int, Tensor]]:
         """The normalised vectors of all items in chunks, each with its first id; every rank looks up every chunk."""
-        recommender: Recommender = self.parallel.module
+        recommender = self.parallel.module
+        assert isinstance(recommender, Recommender)
+        assert isinstance(recommender.model, NextItemModel)
         for first in range(1, self.info.num_items + 1, CATALOGUE_CHUNK):
             ids = torch.arange(first, min(first + CATALOGUE_CHUNK, self.info.num_items + 1), device=self.world.device)
             lengths = [len(ids) if key == "candidate" else 0 for key in recommender.lookup.keys]

@@ -34,12 +34,15 @@ def run(args: argparse.Namespace) -> int:
     from .build import build_recommender, load_dataset, shard
     from .evaluate import Evaluator
     from .parallel import join
+    from ..data.samples import Split
     from .summary import describe
 
     info = load_dataset(config)
-    splits = {"validation": info.counts.validation_events, "test": info.counts.test_events}
+    splits: dict[Split, int] = {"validation": info.counts.validation_events, "test": info.counts.test_events}
     if not any(splits.values()):
-        raise UserError(f"{config.data.path} holds nothing out; prepare it with --leave-last or --split-time to evaluate")
+        raise UserError(
+            f"{config.data.path} holds nothing out; prepare it with --leave-last or --split-time to evaluate"
+        )
     with join(config.trainer) as world:
         sharded = shard(build_recommender(config, info), config, world)
         manifest = checkpoint.load_weights(sharded.parallel, folder, world=world)
@@ -77,15 +80,20 @@ def _best_step(run_dir: Path, steps: list[int | None]) -> int:
     from .report import METRICS_FILE, read_lines
 
     lines = read_lines(run_dir / METRICS_FILE)
-    scores = {line["step"]: _score(line) for line in lines if line["split"] == "validation" and line["step"] in steps}
+    validated = [line for line in lines if line["split"] == "validation" and line["step"] in steps]
+    scores = {line["step"]: score for line in validated if (score := _score(line)) is not None}
     if not scores:
-        raise UserError(f"no checkpoint of {run_dir} has a validation line in metrics.jsonl; use latest or a step of {steps}")
+        raise UserError(
+            f"no checkpoint of {run_dir} has a validation line with values in metrics.jsonl; "
+            f"use latest or a step of {steps}"
+        )
     return max(scores, key=lambda step: scores[step])
 
 
-def _score(line: dict[str, float]) -> float:
-    """A validation line as one number, higher is better."""
+def _score(line: dict[str, float | None]) -> float | None:
+    """A validation line as one number, higher is better; None if a metric has no value (labels may all be equal)."""
     if HIGHER_IS_BETTER in line:
         return line[HIGHER_IS_BETTER]
     entropies = [value for key, value in line.items() if key.startswith(LOWER_IS_BETTER)]
-    return -sum(entropies) / len(entropies)
+    known = [value for value in entropies if value is not None]
+    return -sum(known) / len(known) if known and len(known) == len(entropies) else None

@@ -10,6 +10,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from ..data.batch import Batch
 from ..data.loader import Loader
+from ..data.samples import Split
 from . import checkpoint
 from .checkpoint import Trainable
 from .config import Config
@@ -103,7 +104,7 @@ def log(run: Run, step: Step) -> None:
     run.clock = time.monotonic()
 
 
-def evaluate(run: Run, split: str) -> None:
+def evaluate(run: Run, split: Split) -> None:
     """Write a line about a held-out split."""
     start = time.monotonic()
     # The pipeline's rewritten model expects ids that are already exchanged; evaluation runs the plain one.
@@ -132,9 +133,12 @@ def save(run: Run) -> None:
 def finish(run: Run) -> None:
     """Evaluate what the dataset holds out and save the last step, as far as an earlier process has not done so."""
     step = run.state.step
-    done = on_main(run.world, lambda: {line["split"] for line in read_lines(run.out / METRICS_FILE) if line["step"] == step})
+    done = on_main(
+        run.world, lambda: {line["split"] for line in read_lines(run.out / METRICS_FILE) if line["step"] == step}
+    )
     counts = run.evaluator.info.counts
-    for split, events in (("validation", counts.validation_events), ("test", counts.test_events)):
+    held_out: dict[Split, int] = {"validation": counts.validation_events, "test": counts.test_events}
+    for split, events in held_out.items():
         if events and split not in done:
             evaluate(run, split)
     if not on_main(run.world, (checkpoint_folder(run.out, step) / MANIFEST).is_file):

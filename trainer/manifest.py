@@ -47,7 +47,9 @@ class Manifest:
             values = json.loads(path.read_text(encoding="utf-8"))
             manifest = Manifest(**values)
         except FileNotFoundError:
-            raise UserError(f"{folder} is no complete checkpoint: it has no {MANIFEST}, which is written last") from None
+            raise UserError(
+                f"{folder} is no complete checkpoint: it has no {MANIFEST}, which is written last"
+            ) from None
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} is not a readable manifest ({error}); the checkpoint cannot be trusted") from None
         if manifest.format_version != FORMAT_VERSION:

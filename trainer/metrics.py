@@ -1,6 +1,6 @@
 """Metrics of ranking and of next-item prediction, exact over whatever predictions they are given."""
 
-# M = predictions
+# Legend: M is the number of predictions.
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def grouped_auc(scores: Tensor, labels: Tensor, groups: Tensor) -> tuple[Tensor,
 
     The area is the Mann-Whitney statistic: the mean rank of positives, equal scores sharing the mean of their ranks.
     """
-    _, groups = groups.unique(return_inverse=True)
+    _, groups = torch.unique(groups, return_inverse=True)
     order = torch.argsort(scores, stable=True)
     order = order[torch.argsort(groups[order], stable=True)]
     scores, labels, groups = scores[order], labels[order].double(), groups[order]

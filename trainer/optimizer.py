@@ -13,7 +13,7 @@ from .config import OptimizerConfig
 
 
 def lr_factor(step: int, *, config: OptimizerConfig, total_steps: int) -> float:
-    """Learning rate of step `step` (0-based) over the configured one: linear warm-up, then the decay; a pure function."""
+    """Learning rate of step `step` (from 0) over the configured one: linear warm-up, then the decay."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     span = max(total_steps - config.warmup_steps, 1)
@@ -74,7 +74,7 @@ class Optimizer:
         return norm
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """AdamW's state as `parameter/key` -> tensor, allocated when nothing has been stepped yet; the tensors are the live ones."""
+        """AdamW's live state as `parameter/key` -> tensor; zeros where nothing has been stepped yet."""
         for parameter in self.dense.values():
             if not self.adamw.state[parameter]:
                 self.adamw.state[parameter] = {
@@ -90,7 +90,7 @@ class Optimizer:
 
 
 class Deferred(torch.optim.Optimizer):
-    """What the training pipeline is given as its optimizer: nothing happens, `train_step` updates after accumulating."""
+    """What the training pipeline gets as its optimizer: it does nothing, `train_step` updates after accumulating."""
 
     def __init__(self) -> None:
         super().__init__([torch.zeros(0)], {})

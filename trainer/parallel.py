@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from ..data.errors import UserError
 from .config import TrainerConfig
@@ -43,7 +44,7 @@ def join(config: TrainerConfig) -> Iterator[World]:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
     finally:
@@ -53,7 +54,9 @@ def join(config: TrainerConfig) -> Iterator[World]:
 def _device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise UserError("trainer.device='cuda', but torch finds no CUDA device; use 'auto' or 'cpu', or run `ultrarec doctor`")
+        raise UserError(
+            "trainer.device='cuda', but torch finds no CUDA device; use 'auto' or 'cpu', or run `ultrarec doctor`"
+        )
     if name == "cpu" or not available:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -69,7 +72,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of every rank, [rows of rank 0, rows of rank 1, ...], on the CPU of every rank; ranks may differ in rows."""
+    """The rows of every rank, in rank order, on the CPU of every rank; ranks may differ in their number of rows."""
     rows = rows.detach().cpu().contiguous()
     counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, torch.tensor([rows.size(0)]))
@@ -98,7 +101,7 @@ def on_main(world: World, compute: Callable[[], Value]) -> Value:
         except UserError as error:
             box = [None, error]
     dist.broadcast_object_list(box, src=0)
-    value, error = box
-    if error is not None:
-        raise error
+    value, fault = box
+    if fault is not None:
+        raise fault
     return value

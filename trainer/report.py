@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ class Audit:
         self._file.close()
 
 
-def table(rows: list[Mapping[str, Any]], *, columns: list[str]) -> str:
+def table(rows: Sequence[Mapping[str, Any]], *, columns: list[str]) -> str:
     """Aligned text of the given columns; values missing from a row stay blank."""
     texts = [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(column), *(len(text[k]) for text in texts)) for k, column in enumerate(columns)]

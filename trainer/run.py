@@ -87,9 +87,7 @@ def _trainable(config: Config, sharded: Sharded) -> Trainable:
     sparse = parallel.fused_optimizer
     tables = {name for name in parallel.state_dict() if name.startswith("lookup.")}
     dense = {name: p for name, p in parallel.named_parameters() if name not in tables}
-    return Trainable(
-        parallel, Optimizer(config.optimizer, dense=dense, sparse=sparse, total_steps=1), TrainState()
-    )
+    return Trainable(parallel, Optimizer(config.optimizer, dense=dense, sparse=sparse, total_steps=1), TrainState())
 
 
 def _total_steps(config: Config, loader: Loader) -> int:

@@ -65,7 +65,7 @@ class TrainState:
         return state
 
     def load_rank_states(self, states: list[dict[str, Any]], *, rank: int, world_size: int) -> None:
-        """Take up what the ranks of the saving run left: each its own, or, on another world size, rank 0 all windows."""
+        """Take up what the saving ranks left: each its own, or, on another world size, rank 0 all windows."""
         if len(states) != world_size:
             # Other ranks draw other dropout masks anyway: their freshly seeded streams are as good as the old ones.
             totals = torch.stack([state["window"] for state in states]).sum(0)

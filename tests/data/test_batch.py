@@ -3,6 +3,7 @@ import dataclasses
 import pyarrow as pa
 import pytest
 import torch
+
 from ultrarec.data.config import DataConfig, FeatureConfig
 from ultrarec.data.errors import UserError
 from ultrarec.data.loader import Candidates, Loader, LoaderState, NextItemSampler, RankingSampler

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+
 from ultrarec.data.config import FeatureConfig
 from ultrarec.data.features import encode
 

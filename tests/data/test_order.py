@@ -3,6 +3,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from ultrarec.data.order import LoaderState, Order, StepSize, deal
 from ultrarec.data.samples import NextItemSampler, RankingSampler, RowCounts
 

@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+
 from ultrarec.data.prefetch import Prefetcher
 
 

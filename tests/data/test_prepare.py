@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from ultrarec.data import prepare as prepare_command
 from ultrarec.data.preparation.writing import EVENTS_PER_ROW_GROUP, row_groups
 from ultrarec.data.prepare import PrepareOptions, prepare

@@ -3,6 +3,7 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from ultrarec.data.errors import UserError
 from ultrarec.data.prepare import PrepareOptions, prepare
 

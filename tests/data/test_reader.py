@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from ultrarec.data.config import FeatureConfig
 from ultrarec.data.errors import UserError
 from ultrarec.data.reader import Reader

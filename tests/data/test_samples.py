@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from ultrarec.data.samples import Candidates, NextItemSampler, RankingSampler, RowCounts
 
 SPLITS = ["train", "validation", "test"]

@@ -2,6 +2,7 @@ import dataclasses
 import json
 
 import pytest
+
 from ultrarec.data.errors import UserError
 from ultrarec.data.schema import (
     DATASET_FILE,

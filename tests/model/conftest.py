@@ -19,6 +19,7 @@ ACTIONS = ("is_click", "is_like", "long_view")
 FEATURES = {
     "tab": FeatureConfig(kind="category", role="event", num_values=5),
     "duration": FeatureConfig(kind="bucket", role="event", num_values=8),
+    "author": FeatureConfig(kind="hash", role="event", num_values=NUM_HASHED),
     "play_time": FeatureConfig(kind="bucket", role="outcome", num_values=6),
     "user_id": FeatureConfig(kind="hash", role="user", num_values=NUM_HASHED),
     "age": FeatureConfig(kind="category", role="user", num_values=4),
@@ -35,6 +36,7 @@ class Sample:
     actions: Tensor
     tab: Tensor
     duration: Tensor
+    author: Tensor
     play_time: Tensor
     num_targets: int
     user_id: int
@@ -62,6 +64,7 @@ def _random_sample(length: int, num_targets: int, seed: int, *, next_item: bool 
         actions=integers(0, 2 ** len(ACTIONS)).masked_fill(is_target, 0),
         tab=integers(0, 6),
         duration=integers(0, 9),
+        author=integers(0, NUM_HASHED + 1),
         play_time=integers(0, 7).masked_fill(is_target, 0),
         num_targets=num_targets,
         user_id=int(integers(1, NUM_HASHED + 1, 1)),
@@ -75,6 +78,7 @@ def _collate(samples: list[Sample], candidates: Tensor | None = None, *, sampled
     lengths = torch.tensor([sample.length for sample in samples])
     bags = {
         "item": (torch.cat([sample.items for sample in samples]), lengths),
+        "author": (torch.cat([sample.author for sample in samples]), lengths),
         "user_id": (torch.tensor([sample.user_id for sample in samples]), torch.ones_like(lengths)),
     }
     labels = torch.cat([sample.labels for sample in samples])
@@ -112,10 +116,11 @@ class Tables:
     """The sharded tables' part: rows looked up from dense stand-ins, which gradients reach."""
 
     item: Tensor
+    author: Tensor
     user_id: Tensor
 
     def look_up(self, batch: Batch) -> dict[str, Tensor]:
-        rows = {"item": self.item, "positive": self.item, "candidate": self.item, "user_id": self.user_id}
+        rows = {"positive": self.item, "candidate": self.item, **vars(self)}
         return {key: rows[key][batch.ids[key].values()] for key in batch.ids.keys()}  # noqa: SIM118 (not a dict)
 
 
@@ -149,6 +154,6 @@ def tables() -> Callable[..., Tables]:
         def rows(count: int) -> Tensor:
             return torch.randn(count, dim, generator=generator, dtype=dtype).requires_grad_()
 
-        return Tables(item=rows(NUM_ITEMS + 1), user_id=rows(NUM_HASHED + 1))
+        return Tables(item=rows(NUM_ITEMS + 1), author=rows(NUM_HASHED + 1), user_id=rows(NUM_HASHED + 1))
 
     return make

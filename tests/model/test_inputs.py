@@ -19,12 +19,16 @@ def batch(random_sample, collate):
 def test_summed_content_is_item_plus_event_features(batch, features, tables):
     torch.manual_seed(0)
     encoder = ContentEncoder(SUM, features=features, embedding_dim=E).double()
-    item = tables(E).look_up(batch)["item"]
+    embeddings = tables(E).look_up(batch)
     tab, duration = (rows.weight for rows in encoder.tables.tables)
     expected = [
-        item[t] + tab[batch.features["tab"][t]] + duration[batch.features["duration"][t]] for t in range(len(item))
+        embeddings["item"][t]
+        + tab[batch.features["tab"][t]]
+        + duration[batch.features["duration"][t]]
+        + embeddings["author"][t]
+        for t in range(7)
     ]
-    torch.testing.assert_close(encoder(batch, item), torch.stack(expected))
+    torch.testing.assert_close(encoder(batch, embeddings), torch.stack(expected))
 
 
 def test_summed_actions_are_the_rows_of_their_bits_plus_outcomes(batch, features):
@@ -32,7 +36,7 @@ def test_summed_actions_are_the_rows_of_their_bits_plus_outcomes(batch, features
     encoder = ActionEncoder(SUM, features=features, num_actions=3, embedding_dim=E).double()
     (play_time,) = (rows.weight for rows in encoder.tables.tables)
     is_target = torch.tensor([False, False, False, True, False, True, True])
-    got = encoder(batch, is_target)
+    got = encoder(batch, {}, is_target)
     for t, (actions, target) in enumerate(zip(batch.actions.tolist(), is_target.tolist(), strict=True)):
         expected = torch.zeros(E, dtype=torch.float64)
         if not target:
@@ -46,7 +50,7 @@ def test_summed_actions_are_the_rows_of_their_bits_plus_outcomes(batch, features
 def test_action_mlp_reads_the_rows_of_the_bits_side_by_side(batch):
     torch.manual_seed(0)
     encoder = ActionEncoder(MLP, features={}, num_actions=3, embedding_dim=E).double()
-    got = encoder(batch, torch.zeros(7, dtype=torch.bool))
+    got = encoder(batch, {}, torch.zeros(7, dtype=torch.bool))
     for t, actions in enumerate(batch.actions.tolist()):
         rows = [encoder.action_weight[bit] * (actions >> bit & 1) for bit in range(3)]
         torch.testing.assert_close(got[t], encoder.mlp(torch.cat(rows)))
@@ -56,7 +60,7 @@ def test_action_mlp_reads_the_rows_of_the_bits_side_by_side(batch):
 def test_the_action_part_of_a_target_is_exactly_zero(config, batch, features):
     encoder = ActionEncoder(config, features=features, num_actions=3, embedding_dim=E)
     is_target = torch.tensor([False, False, False, True, False, True, True])
-    got = encoder(batch, is_target)
+    got = encoder(batch, {}, is_target)
     assert not got[is_target].any()
     assert got[~is_target].abs().sum(dim=1).all()
 
@@ -64,7 +68,7 @@ def test_the_action_part_of_a_target_is_exactly_zero(config, batch, features):
 def test_the_63rd_action_is_read(batch):
     encoder = ActionEncoder(SUM, features={}, num_actions=63, embedding_dim=E)
     batch.actions[:] = 2**62
-    got = encoder(batch, torch.zeros(7, dtype=torch.bool))
+    got = encoder(batch, {}, torch.zeros(7, dtype=torch.bool))
     torch.testing.assert_close(got, encoder.action_weight[62].expand(7, E))
 
 
@@ -86,34 +90,47 @@ def test_content_mlp_is_linear_swish_norm_linear_norm(batch, features, tables):
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    item = tables(E).look_up(batch)["item"]
+    embeddings = tables(E).look_up(batch)
     p = {name.removeprefix("mlp."): value for name, value in encoder.named_parameters()}
-    rows = list(encoder.tables(batch.features).values())
+    rows = encoder.tables(batch.features, embeddings)
 
     def norm(x, weight, bias):
         return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt() * weight + bias
 
-    hidden = torch.cat([item, *rows], dim=1) @ p["0.weight"].T + p["0.bias"]
+    hidden = torch.cat([embeddings["item"], *rows], dim=1) @ p["0.weight"].T + p["0.bias"]
     hidden = hidden / (1 + (-norm(hidden, p["1.norm.weight"], p["1.norm.bias"])).exp())
     expected = norm(hidden @ p["2.weight"].T + p["2.bias"], p["3.weight"], p["3.bias"])
-    torch.testing.assert_close(encoder(batch, item), expected)
+    torch.testing.assert_close(encoder(batch, embeddings), expected)
 
 
 def test_feature_names_may_be_those_of_module_attributes():
     names = ["type", "items", "a.b", "float"]
     features = {name: FeatureConfig(kind="category", role="event", num_values=2) for name in names}
-    rows = FeatureTables(features, 3)({name: torch.tensor([0, 2]) for name in names})
-    assert {name: tuple(row.shape) for name, row in rows.items()} == dict.fromkeys(names, (2, 3))
+    rows = FeatureTables(features, 3)({name: torch.tensor([0, 2]) for name in names}, {})
+    assert [tuple(row.shape) for row in rows] == [(2, 3)] * 4
+
+
+def test_hashed_features_come_looked_up_and_keep_their_place():
+    kinds = {"author": "hash", "tab": "category", "tag": "hash"}
+    features = {name: FeatureConfig(kind=kind, role="event", num_values=2) for name, kind in kinds.items()}
+    encoder = FeatureTables(features, 3)
+    embeddings = {"tag": torch.randn(2, 3), "author": torch.randn(2, 3)}
+    rows = encoder({"tab": torch.tensor([0, 2])}, embeddings)
+    assert [name for name, _ in encoder.named_parameters()] == ["tables.0.weight"]
+    for got, expected in zip(
+        rows, [embeddings["author"], encoder.tables[0].weight[[0, 2]], embeddings["tag"]], strict=True
+    ):
+        assert torch.equal(got, expected)
 
 
 def test_tables_and_actions_start_small_and_mlps_as_xavier(features):
     torch.manual_seed(0)
     wide = ModelConfig(width=64, num_layers=1, qk_dim=2, value_dim=2, token_hidden=48)
-    many = {"author": FeatureConfig(kind="hash", role="event", num_values=500)}
+    many = {"tag": FeatureConfig(kind="category", role="event", num_values=500)}
     encoder = ContentEncoder(wide, features=many, embedding_dim=32)
-    (author,) = encoder.tables.tables
-    assert author.weight.shape == (501, 32)
-    assert author.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    (tag,) = encoder.tables.tables
+    assert tag.weight.shape == (501, 32)
+    assert tag.weight.std().item() == pytest.approx(0.02, rel=0.05)
     bound = (6 / (64 + 48)) ** 0.5
     for layer in (encoder.mlp[0], encoder.mlp[2]):
         assert 0.98 * bound < layer.weight.abs().max().item() <= bound

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ultrarec.data.config import FeatureConfig
 from ultrarec.model.config import ModelConfig, ObjectiveConfig
 from ultrarec.model.recommender import NextItemModel, RankingModel, build_model
 
@@ -105,7 +104,10 @@ class Formula:
 
     def content(self, s):
         tab, duration = (self.p[f"encoder.content.tables.tables.{i}.weight"] for i in range(2))
-        return self.combine([self.tables.item[s.items], tab[s.tab], duration[s.duration]], "encoder.content")
+        return self.combine(
+            [self.tables.item[s.items], tab[s.tab], duration[s.duration], self.tables.author[s.author]],
+            "encoder.content",
+        )
 
     def action(self, s):
         bits = torch.stack([s.actions >> bit & 1 for bit in range(3)], dim=1).double()
@@ -201,7 +203,7 @@ def assert_same_gradients(got, expected, inputs, tolerance=1e-9):
 
 
 def all_inputs(model, tables):
-    return {"item": tables.item, "user_id": tables.user_id, **dict(model.named_parameters())}
+    return {**vars(tables), **dict(model.named_parameters())}
 
 
 @VARIANTS
@@ -399,7 +401,7 @@ def test_a_padding_batch_gives_zero_loss_and_a_zero_gradient_to_every_parameter(
     batch = collate([nobody], None if ranking else torch.arange(1, 31), sampled=kind == "sampled")
     embeddings = rows.look_up(batch)
     if not with_features:
-        del embeddings["user_id"]
+        del embeddings["author"], embeddings["user_id"]
     loss, outputs = model(batch, embeddings)
     loss.backward()
     assert loss == 0
@@ -476,15 +478,6 @@ def test_a_dataset_without_actions_trains_the_next_item(walks, collate, tables):
     batch = collate(walks, torch.arange(1, 31))
     loss, _ = model(batch, rows.look_up(batch))
     assert loss > 0
-
-
-def test_a_hashed_event_feature_has_a_table_in_the_model(actions, samples, collate, tables):
-    features = {"tab": FeatureConfig(kind="hash", role="event", num_values=5)}
-    model, rows = make(RESEARCH, RANKING, features, actions), tables(E)
-    batch = collate(samples)
-    before = model(batch, rows.look_up(batch))[0]
-    batch.features["tab"] = (batch.features["tab"] + 1) % 6
-    assert model(batch, rows.look_up(batch))[0] != before
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+
 from ultrarec.trainer.metrics import auc, gauc, next_item_metrics, normalized_entropy, ranking_metrics
 
 
