@@ -37,6 +37,13 @@ class Evaluator:
     world: World
     parallel: DistributedModelParallel
 
+    @property
+    def held_out(self) -> list[Split]:
+        """The splits that the dataset holds out."""
+        counts = self.info.counts
+        events: dict[Split, int] = {"validation": counts.validation_events, "test": counts.test_events}
+        return [split for split, number in events.items() if number]
+
     def __call__(self, split: Split) -> dict[str, float]:
         """The metrics of a split, equal on every rank."""
         training = self.parallel.training

@@ -34,20 +34,16 @@ def run(args: argparse.Namespace) -> int:
     from .build import build_recommender, load_dataset, shard
     from .evaluate import Evaluator
     from .parallel import join
-    from ..data.samples import Split
     from .summary import describe
 
     info = load_dataset(config)
-    splits: dict[Split, int] = {"validation": info.counts.validation_events, "test": info.counts.test_events}
-    if not any(splits.values()):
-        raise UserError(
-            f"{config.data.path} holds nothing out; prepare it with --leave-last or --split-time to evaluate"
-        )
     with join(config.trainer) as world:
         sharded = shard(build_recommender(config, info), config, world)
         manifest = checkpoint.load_weights(sharded.parallel, folder, world=world)
         evaluator = Evaluator(config, info, world, sharded.parallel)
-        for split in (name for name, events in splits.items() if events):
+        if not evaluator.held_out:
+            raise UserError(f"{config.data.path} holds nothing out; prepare it with --leave-last or --split-time")
+        for split in evaluator.held_out:
             metrics = {"step": manifest.step, **evaluator(split)}
             if world.is_main:
                 print(f"{describe(split, metrics)}\n", flush=True)

@@ -136,10 +136,8 @@ def finish(run: Run) -> None:
     done = on_main(
         run.world, lambda: {line["split"] for line in read_lines(run.out / METRICS_FILE) if line["step"] == step}
     )
-    counts = run.evaluator.info.counts
-    held_out: dict[Split, int] = {"validation": counts.validation_events, "test": counts.test_events}
-    for split, events in held_out.items():
-        if events and split not in done:
+    for split in run.evaluator.held_out:
+        if split not in done:
             evaluate(run, split)
     if not on_main(run.world, (checkpoint_folder(run.out, step) / MANIFEST).is_file):
         save(run)
