@@ -28,8 +28,9 @@ env: $(INSTALLED) ## Make .venv and install everything, pinned; does nothing whe
 train: $(INSTALLED) $(SAMPLE)/dataset.json ## Train the sample recipe on two processes; again continues the run
 	$(BIN)/ultrarec launch $(RECIPE) --scheduler local_cwd -j 1x2 --out runs/$(RECIPE)
 
-test: $(INSTALLED) ## Run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+# A file stays on one worker, so that what its fixtures build is built once.
+test: $(INSTALLED) ## Run all tests, two at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .

@@ -117,19 +117,17 @@ class HSTULayer(nn.Module):
     def forward(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
         """Tokens [S, E] to tokens [S, E]."""
         u_SV, v_SHD, q_SHD, k_SHD = self.project(x_SE)
-        # The op computes in the dtype of q, k, v; autocast would cast some of the matrices inside it and not others.
-        with torch.autocast(x_SE.device.type, enabled=False):
-            a_SHD = hstu_attention(
-                q_SHD,
-                k_SHD,
-                v_SHD,
-                sequences.offsets,
-                max_seq_len=self.max_seq_len,
-                alpha=self.alpha,
-                num_targets=sequences.num_targets,
-                mask=self.mask,
-                bias=None if self.bias is None else self.bias(sequences),
-            )
+        a_SHD = hstu_attention(
+            q_SHD,
+            k_SHD,
+            v_SHD,
+            sequences.offsets,
+            max_seq_len=self.max_seq_len,
+            alpha=self.alpha,
+            num_targets=sequences.num_targets,
+            mask=self.mask,
+            bias=None if self.bias is None else self.bias(sequences),
+        )
         return x_SE + self.output(self.dropout(self.gate(u_SV, a_SHD)))
 
     def project(self, x_SE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

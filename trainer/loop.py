@@ -110,6 +110,9 @@ def evaluate(run: Run, split: Split) -> None:
     # The pipeline's rewritten model expects ids that are already exchanged; evaluation runs the plain one.
     run.pipeline.detach()
     metrics = run.evaluator(split)
+    # Batches in flight have exchanged their ids; attached without this, the pipeline would begin that exchange again,
+    # and lose the sizes of the first on several ranks.
+    run.pipeline.attach(sparse_dist=False)
     run.reporter.write({"step": run.state.step, "epoch": run.state.epoch, "split": split, **metrics})
     run.clock += time.monotonic() - start
 

@@ -74,15 +74,17 @@ def hstu_attention(
     else:
         value = 1.0 / max_seq_len if scale is None else scale
         scale = torch.full((q.shape[0],), value, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    return IMPLEMENTATIONS[backend](
-        q,
-        k,
-        v,
-        offsets,
-        max_seq_len=max_seq_len,
-        alpha=q.shape[2] ** -0.5 if alpha is None else alpha,
-        scale=scale,
-        num_targets=num_targets,
-        mask=mask,
-        bias=bias,
-    )
+    # An implementation computes in the dtype of q, k, v; autocast would cast some of its matrices and not others.
+    with torch.autocast(q.device.type, enabled=False):
+        return IMPLEMENTATIONS[backend](
+            q,
+            k,
+            v,
+            offsets,
+            max_seq_len=max_seq_len,
+            alpha=q.shape[2] ** -0.5 if alpha is None else alpha,
+            scale=scale,
+            num_targets=num_targets,
+            mask=mask,
+            bias=bias,
+        )

@@ -263,3 +263,18 @@ def test_the_operator_passes_opcheck(bias: str) -> None:
     args = (inputs["q"], inputs["k"], inputs["v"], inputs["scale"], *weights, *times)
     rest = (torch.tensor([0, 5, 5, 12]), torch.tensor([2, 0, 1]), 7, 0.25, [3, 1, 1, 1])
     torch.library.opcheck(torch.ops.ultrarec.hstu_attention_cpu.default, args + rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_around_the_op_changes_nothing(dtype):
+    torch.manual_seed(0)
+    inputs = [torch.randn(20, 2, 8).to(dtype).requires_grad_() for _ in range(3)]
+    offsets = torch.tensor([0, 13, 20])
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = hstu_attention(*inputs, offsets, max_seq_len=13)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
+    for name, plain, cast in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+        assert plain.dtype == cast.dtype == dtype
+        assert torch.equal(plain, cast), name

@@ -170,8 +170,8 @@ def test_a_damaged_checkpoint_is_not_loaded(trained, dataset, tmp_path, problem,
     DAMAGE[problem](folder / name)
     with pytest.raises(RuntimeError) as caught:
         run_ranks(train_on_ranks, [(config_of(dataset, "ranking"), out)], world_size=1)
-    (told,) = [line for line in str(caught.value).splitlines() if "UserError" in line]
-    assert f"checkpoint {folder} is damaged: {name} " in told
+    told = str(caught.value).strip().splitlines()[-1]
+    assert f"UserError: checkpoint {folder} is damaged: {name} " in told
     assert problem in told
     assert told.endswith("; delete that folder to use an older one")
 
@@ -222,6 +222,6 @@ def test_tables_of_another_size_are_refused_by_name_of_the_checkpoint(trained, d
     (smaller / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(RuntimeError) as caught:
         run_ranks(train_on_ranks, [(config_of(dataset, "ranking", f"data.path={smaller}"), out)], world_size=1)
-    (told,) = [line for line in str(caught.value).splitlines() if "UserError" in line]
-    assert f"checkpoint {checkpoint_folder(out, 5)} does not fit this run: " in told
+    told = str(caught.value).strip().splitlines()[-1]
+    assert f"UserError: checkpoint {checkpoint_folder(out, 5)} does not fit this run: " in told
     assert told.endswith("; it was written for other tables or another model")
