@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.errors import UserError
 from .config import load_config
 from .noise import silence
+
+SECONDS_FOR_RANK_0 = 3.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(parser.parse_args(argv))
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank finds the same fault; one says so
+        if os.environ.get("RANK", "0") != "0":
+            # Every rank finds the same fault, and rank 0 says so; torchrun ends all ranks as soon as one has ended.
+            time.sleep(SECONDS_FOR_RANK_0)
+        else:
             print(f"error: {error}", file=sys.stderr)
         return 2
 
