@@ -27,7 +27,7 @@ def padded_dim(dim: int) -> int:
 def build_tables(
     config: EmbeddingsConfig, *, num_items: int, features: Mapping[str, FeatureConfig], item_keys: tuple[str, ...]
 ) -> list[EmbeddingConfig]:
-    """One table for items, and one for every hashed user feature; row 0 of each stands for unknown.
+    """One table for items, and one for every hashed feature; row 0 of each stands for unknown.
 
     Args:
         num_items: items of the vocabulary, with ids 1..num_items.
@@ -35,8 +35,7 @@ def build_tables(
         item_keys: keys of a batch's ids that are looked up in the item table.
     """
     rows = {ITEM_TABLE: num_items + 1}
-    hashed = {name: feature for name, feature in features.items() if feature.kind == "hash" and feature.role == "user"}
-    rows |= {name: feature.num_values + 1 for name, feature in hashed.items()}
+    rows |= {name: feature.num_values + 1 for name, feature in features.items() if feature.kind == "hash"}
     return [
         EmbeddingConfig(
             name=name,

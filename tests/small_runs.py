@@ -22,7 +22,8 @@ from ultrarec.trainer.parallel import World
 from ultrarec.trainer.run import open_run
 
 NUM_ITEMS = 45
-# Widths that are no multiple of fbgemm's four, two sharded tables, a feature of every role, and a context token.
+# Widths that are no multiple of fbgemm's four, two sharded tables, a feature of every role, and a context token. A
+# large eps, since rounding differs with the number of ranks, and dividing a gradient by its tiny size would enlarge it.
 COMMON = """
 [data]
 path = "{path}"
@@ -76,17 +77,33 @@ NEXT_ITEM = (
 kind = "next_item"
 """
 )
-# eps: rounding differs with the number of ranks, and Adagrad's division by the size of a gradient that is nearly 0
-# would make it large.
 KINDS = {
-    "ranking": (RANKING, "data.batch_rows=24", "model.position_encoding=from_end", "model.time_encoding=log")
-    + ("embeddings.sharding.item=row_wise", "embeddings.sharding.user_id=table_wise"),
-    "columns": (RANKING, "data.batch_rows=24", "embeddings.dim=254")
-    + ("embeddings.sharding.item=column_wise", "embeddings.sharding.user_id=row_wise"),
+    "ranking": (
+        RANKING,
+        "data.batch_rows=24",
+        "model.position_encoding=from_end",
+        "model.time_encoding=log",
+        "embeddings.sharding.item=row_wise",
+        "embeddings.sharding.user_id=table_wise",
+    ),
+    "columns": (
+        RANKING,
+        "data.batch_rows=24",
+        "embeddings.dim=254",
+        "embeddings.sharding.item=column_wise",
+        "embeddings.sharding.user_id=row_wise",
+    ),
     "full_softmax": (NEXT_ITEM, "data.batch_rows=7", "trainer.epochs=4", "model.relative_bias=position_time"),
-    "sampled_softmax": (NEXT_ITEM, "data.batch_rows=7", "trainer.epochs=4", "objective.temperature=0.2")
-    + ("objective.loss=sampled_softmax", "objective.num_negatives=16"),
+    "sampled_softmax": (
+        NEXT_ITEM,
+        "data.batch_rows=7",
+        "trainer.epochs=4",
+        "objective.temperature=0.2",
+        "objective.loss=sampled_softmax",
+        "objective.num_negatives=16",
+    ),
 }
+"""A recipe and settings by kind of run."""
 
 
 def make_dataset(root: Path, *, num_users: int = 60, mean_events: float = 8.0) -> Path:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -137,7 +138,7 @@ def _verified(folder: Path, world: World) -> Manifest:
 def _fill(tensors: dict[str, Any], folder: Path) -> None:
     try:
         state_dict_loader.load(tensors, checkpoint_id=folder)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch derives the latter from BaseException
         reason = str(error).strip().splitlines()[-1]
         raise UserError(
             f"checkpoint {folder} does not fit this run: {reason}; it was written for other tables or another model"

@@ -156,13 +156,17 @@ def test_stored_rows_are_padded_to_vectors_of_four(dim, stored):
     assert padded_dim(dim) == stored
 
 
-def test_hashed_user_features_have_a_table_and_other_features_none():
+def test_hashed_features_have_a_table_and_other_features_none():
     features = FEATURES | {
         "tab": FeatureConfig(kind="category", role="event", num_values=5),
         "author": FeatureConfig(kind="hash", role="event", num_values=99),
     }
     made = build_tables(EmbeddingsConfig(dim=6), num_items=NUM_ITEMS, features=features, item_keys=("item",))
-    assert [(t.name, t.num_embeddings, t.embedding_dim) for t in made] == [("item", 46, 8), ("user_id", 31, 8)]
+    assert [(t.name, t.num_embeddings, t.embedding_dim) for t in made] == [
+        ("item", 46, 8),
+        ("user_id", 31, 8),
+        ("author", 100, 8),
+    ]
 
 
 def request(rank: int, step: int) -> KeyedJaggedTensor:

@@ -137,7 +137,7 @@ def test_inspect_of_damaged_metadata_says_so(run_folder, command):
 
 @pytest.mark.parametrize("action", ["list", "verify", "inspect"])
 def test_a_path_without_checkpoints_is_refused(tmp_path, command, action):
-    with pytest.raises(UserError, match="is neither a checkpoint nor a run folder|is no complete checkpoint"):
+    with pytest.raises(UserError, match=r"is neither a checkpoint nor a run folder|is no complete checkpoint"):
         command(action, tmp_path / "nowhere")
 
 

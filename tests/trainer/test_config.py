@@ -113,7 +113,8 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
         ("trainer.precision=fp8", "trainer.precision='fp8': input should be 'fp32' or 'bf16'"),
         (
             "data.batch_tokens=100",
-            "data.batch_rows=8 and data.batch_tokens=100: exactly one of them sizes a step; set one and remove the other",
+            "data.batch_rows=8 and data.batch_tokens=100: exactly one of them sizes a step; "
+            "set one and remove the other",
         ),
         (
             "objective.kind=next_item",

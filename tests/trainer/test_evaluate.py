@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ultrarec.data.errors import UserError
 from ultrarec.trainer import evaluate as evaluation
 from ultrarec.trainer.build import build_loader, build_recommender, load_dataset, shard
 from ultrarec.trainer.checkpoint import load_weights
+from ultrarec.trainer.config import Config
 from ultrarec.trainer.evaluate import Evaluator
 from ultrarec.trainer.evaluate_command import add_arguments, find_checkpoint, run
 from ultrarec.trainer.manifest import checkpoint_folder, complete_checkpoints
@@ -26,9 +28,8 @@ from ultrarec.trainer.parallel import World
 MAX_HISTORY = 12
 
 
-def evaluator_of(dataset: Path, kind: str, out: Path) -> Evaluator:
+def evaluator_of(config: Config, out: Path) -> Evaluator:
     """An evaluator on this rank of the newest checkpoint of a run."""
-    config = config_of(dataset, kind)
     world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch.device("cpu"))
     info = load_dataset(config)
     sharded = shard(build_recommender(config, info), config, world)
@@ -36,10 +37,10 @@ def evaluator_of(dataset: Path, kind: str, out: Path) -> Evaluator:
     return Evaluator(config, info, world, sharded.parallel)
 
 
-def metrics_and_outputs(dataset: Path, kind: str, out: Path, chunk: int) -> tuple[dict[str, float], list[Any]]:
+def metrics_and_outputs(config: Config, out: Path, chunk: int) -> tuple[dict[str, float], list[Any]]:
     """The test metrics with a catalogue in chunks, and what the model gives for each batch of this rank."""
     evaluation.CATALOGUE_CHUNK, evaluation.USER_CHUNK = chunk, 5
-    evaluator = evaluator_of(dataset, kind, out)
+    evaluator = evaluator_of(config, out)
     metrics = evaluator("test")
     assert evaluator.parallel.training, "the evaluator must leave the model as it found it"
     evaluator.parallel.eval()
@@ -61,13 +62,13 @@ def held_out(dataset: Path) -> list[tuple[list[int], int]]:
     for path in sorted(dataset.glob("histories/*.parquet")):
         for row in pq.read_table(path).to_pylist():
             for event in range(row["num_train"] + row["num_validation"], row["num_events"]):
-                if event:
-                    found.append((row["items"][max(event - MAX_HISTORY, 0) : event], row["items"][event]))
+                history = row["items"][max(event - MAX_HISTORY, 0) : event]
+                found += [(history, row["items"][event])] if history else []
     return found
 
 
 def brute_force_rank(scores: list[float], seen: list[int], target: int) -> int:
-    """Rank of the target among all items outside the input, the target itself never removed; scores[i - 1] is item i's."""
+    """Rank of the target, never removed itself, among all items outside the input; scores[i - 1] is item i's."""
     if target == 0:
         return NUM_ITEMS + 1
     rivals = [item for item in range(1, NUM_ITEMS + 1) if item != target and item not in seen]
@@ -77,7 +78,7 @@ def brute_force_rank(scores: list[float], seen: list[int], target: int) -> int:
 @pytest.mark.parametrize(("kind", "chunk"), [("full_softmax", 7), ("full_softmax", 10_000), ("sampled_softmax", 44)])
 def test_next_item_metrics_are_those_of_a_full_ranking_in_float64(trained, dataset, kind, chunk):
     out = trained(1)[kind]
-    metrics, outputs = run_ranks(metrics_and_outputs, dataset, kind, out, chunk, world_size=1)[0]
+    metrics, outputs = run_ranks(metrics_and_outputs, config_of(dataset, kind), out, chunk, world_size=1)[0]
     events, users = held_out(dataset), stacked(outputs, "user_vectors").double()
     assert {target == 0 for _, target in events} == {True, False}, "some targets must be unknown, some known"
     assert any(target in seen for seen, target in events), "some targets must have been seen before"
@@ -92,7 +93,7 @@ def test_next_item_metrics_are_those_of_a_full_ranking_in_float64(trained, datas
 
 def test_ranking_metrics_are_those_of_the_logits_of_every_test_event(trained, dataset):
     out = trained(1)["ranking"]
-    metrics, outputs = run_ranks(metrics_and_outputs, dataset, "ranking", out, 7, world_size=1)[0]
+    metrics, outputs = run_ranks(metrics_and_outputs, config_of(dataset, "ranking"), out, 7, world_size=1)[0]
     logits, labels, users = (stacked(outputs, name) for name in ("logits", "labels", "users"))
     rows = [row for path in sorted(dataset.glob("histories/*.parquet")) for row in pq.read_table(path).to_pylist()]
     actions = [
@@ -112,7 +113,7 @@ def test_ranking_metrics_are_those_of_the_logits_of_every_test_event(trained, da
 @pytest.mark.parametrize("kind", ["ranking", "full_softmax"])
 def test_metrics_of_a_checkpoint_are_the_same_on_any_number_of_ranks(trained, dataset, kind):
     out = trained(2)[kind]
-    found = [run_ranks(metrics_and_outputs, dataset, kind, out, 7, world_size=n) for n in (1, 2, 3)]
+    found = [run_ranks(metrics_and_outputs, config_of(dataset, kind), out, 7, world_size=n) for n in (1, 2, 3)]
     for ranks in found:
         for metrics, _ in ranks:
             assert metrics == pytest.approx(found[0][0][0], rel=1e-6)
@@ -135,7 +136,7 @@ def test_a_split_that_gives_no_sample_has_metrics_without_values(tmp_path):
 
 def _column(table: Any, name: str, value: int) -> tuple[int, Any, Any]:
     index = table.column_names.index(name)
-    return index, table.schema.field(index), [[value] * table.num_rows]
+    return index, table.schema.field(index), pa.array([value] * table.num_rows, table.schema.field(index).type)
 
 
 @pytest.fixture
@@ -177,7 +178,7 @@ def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(trained,
 
 
 def test_a_folder_without_a_run_or_without_a_checkpoint_is_refused(trained, arguments, tmp_path):
-    with pytest.raises(UserError, match="is no run folder: it has no config.toml; give the --out of `ultrarec train`"):
+    with pytest.raises(UserError, match=r"is no run folder: it has no config.toml; give the --out of `ultrarec train`"):
         run(arguments(tmp_path))
     shutil.copy(trained(1)["ranking"] / "config.toml", tmp_path)
     with pytest.raises(UserError, match="holds no complete checkpoint"):
@@ -218,5 +219,5 @@ def test_best_is_the_saved_step_with_the_best_validation(trained, tmp_path, writ
 @pytest.mark.parametrize("written", [[], [{"step": 5, "ne/a": None}]])
 def test_best_without_a_validation_of_a_saved_step_is_refused(trained, tmp_path, written):
     folder = run_with_lines(tmp_path, trained(1)["ranking"], written)
-    with pytest.raises(UserError, match="has a validation line with values in metrics.jsonl; use latest or a step of"):
+    with pytest.raises(UserError, match=r"has a validation line with values in metrics.jsonl; use latest or a step of"):
         find_checkpoint(folder, "best")
