@@ -16,7 +16,7 @@ from torch import Tensor
 from .cpu_backward import OutputGradients, PartBackward
 from .operator import Gradients, Problem, differentiable
 from .part import Part, run_parts, scaled, sum_dtype, tile_bias
-from .products import add_product_, matmul_dtype
+from .products import add_product_
 
 
 def _forward(problem: Problem) -> Tensor:
@@ -27,7 +27,7 @@ def _forward(problem: Problem) -> Tensor:
 
 def _attend(problem: Problem, out_THD: Tensor, part: Part) -> None:
     """Write the output of a part."""
-    group, dtype = part.plan.group, matmul_dtype(problem.q)
+    group, dtype = part.plan.group, part.matmul_dtype(problem.q)
     q_MLD = part.rows_of(problem.q)
     k_MLD, v_MLD = (part.rows_of(x).to(dtype).contiguous() for x in (problem.k, problem.v))
     scale_ML1 = group.scale_rows(problem.scale.to(sum_dtype(q_MLD)), part.matrices)

@@ -1,4 +1,7 @@
-"""The backward of the blocked implementation, for one part of the work."""
+"""The backward of the blocked implementation, for one part of the work.
+
+Scores and weights stay without the scale: it multiplies rows of what they are multiplied with, or of the result.
+"""
 
 # T = events of all sequences, H = heads, D = head width, G = sequences of a group, L = length of its longest,
 # M = matrices of a part or of a batch of it, R = queries and C = keys of a strip
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from .operator import Problem
 from .part import Part, scaled, sum_dtype, tile_bias
-from .products import add_product_, matmul_dtype, product
+from .products import add_product_, product
 from .tile_bias import TileBias
 from .tiles import Strip
 
@@ -33,6 +36,8 @@ class _Row:
 
     q: Tensor
     """`[M, R, D]`, times alpha."""
+    scaled_q: Tensor
+    """That times the scale."""
     dout: Tensor
     scaled_dout: Tensor
     scale: Tensor
@@ -46,7 +51,7 @@ class PartBackward:
 
     def __init__(self, problem: Problem, part: Part, dout: Tensor, grads: OutputGradients) -> None:
         self.problem, self.part, self.plan, self.grads = problem, part, part.plan, grads
-        self.dtype, self.sum_dtype = matmul_dtype(problem.q), sum_dtype(problem.q)
+        self.dtype, self.sum_dtype = part.matmul_dtype(problem.q), sum_dtype(problem.q)
         self.q_MLD, self.dout_MLD = part.rows_of(problem.q), part.rows_of(dout)
         self.k_MLD, self.v_MLD = (part.rows_of(x).to(self.dtype).contiguous() for x in (problem.k, problem.v))
         self.scale_ML1 = part.plan.group.scale_rows(problem.scale.to(self.sum_dtype), part.matrices)
@@ -64,7 +69,7 @@ class PartBackward:
             row = self._row(rows)
             for strip in strips:
                 self._add_strip(row, strip)
-            dq_MLD[:, rows] = row.dq.mul_(self.problem.alpha)
+            dq_MLD[:, rows] = row.dq.mul_(row.scale * self.problem.alpha)
             if dscale_ML1 is not None and row.dscale is not None:
                 dscale_ML1[:, rows] = row.dscale
         group.close_(self.grads.dq, dq_MLD)
@@ -81,6 +86,7 @@ class PartBackward:
         scale_MR1 = self.scale_ML1[:, rows]
         return _Row(
             q=q_MRD,
+            scaled_q=scaled(self.q_MLD[:, rows], scale_MR1 * self.problem.alpha, self.dtype),
             dout=scaled(self.dout_MLD[:, rows], 1.0, self.dtype),
             scaled_dout=scaled(self.dout_MLD[:, rows], scale_MR1, self.dtype),
             scale=scale_MR1,
@@ -98,25 +104,20 @@ class PartBackward:
             scores_MRC = self.part.scores(row.q[batch], self.k_MLD[batch, strip.keys], bias_GRC)
             weights_MRC = self.plan.hide_(strip, F.silu(scores_MRC)).to(self.dtype)
             add_product_(self.dv_MDL[batch, :, strip.keys], row.scaled_dout[batch].mT, weights_MRC)
-            dweights_MRC = self._dweights(row, batch, strip.keys, weights_MRC).to(scores_MRC.dtype)
-            dscores_MRC = torch.ops.aten.silu_backward.grad_input(dweights_MRC, scores_MRC, grad_input=dweights_MRC)
+            dscores_MRC = product(row.dout[batch], self.v_MLD[batch, strip.keys].mT).to(scores_MRC.dtype)
+            if row.dscale is not None:
+                row.dscale[batch] += (weights_MRC * dscores_MRC).sum(2, keepdim=True, dtype=torch.float64)
+            torch.ops.aten.silu_backward.grad_input(dscores_MRC, scores_MRC, grad_input=dscores_MRC)
             self.plan.hide_(strip, dscores_MRC)
             if dbias_GRC is not None:
                 dbias_GRC += self.part.sum_of_heads(dscores_MRC)
             dscores_MRC = dscores_MRC.to(self.dtype)
             add_product_(row.dq[batch], dscores_MRC, self.k_MLD[batch, strip.keys])
-            add_product_(self.dk_MDL[batch, :, strip.keys], row.q[batch].mT, dscores_MRC)
+            add_product_(self.dk_MDL[batch, :, strip.keys], row.scaled_q[batch].mT, dscores_MRC)
         if self.bias is not None and dbias_GRC is not None:
+            num_sequences = len(self.plan.group.sequences)
+            dbias_GRC *= row.scale[:: len(row.scale) // num_sequences]
             self.bias.add_gradient(dbias_GRC, strip.rows, strip.keys, buckets_GRC)
-
-    def _dweights(self, row: _Row, batch: slice, keys: slice, weights_MRC: Tensor) -> Tensor:
-        """The gradient of the weights before the scale; adds to that of the scale if it is wanted."""
-        v_MDC = self.v_MLD[batch, keys].mT
-        if row.dscale is None:
-            return product(row.scaled_dout[batch], v_MDC)
-        products_MRC = product(row.dout[batch], v_MDC)
-        row.dscale[batch] += (weights_MRC * products_MRC).sum(2, keepdim=True, dtype=torch.float64)
-        return products_MRC.mul_(row.scale[batch])
 
     def _zero_columns(self, x_MLD: Tensor) -> Tensor:
         """`[M, D, L]` to sum into; the gap after each row keeps those of 2^n events apart in the caches."""

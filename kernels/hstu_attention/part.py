@@ -14,11 +14,11 @@ from torch import Tensor
 
 from .operator import Problem
 from .plan import Batch, GroupPlan, plan_of
-from .products import product
+from .products import multiplies_bfloat16, product
 from .tile_bias import TileBias
 from .workers import run_all
 
-WORTH_THREADS = 1 << 28
+WORTH_THREADS = 1 << 26
 """Multiplications of a product over all scores from which threads of our own pay: starting them takes 0.2 ms."""
 
 Result = TypeVar("Result")
@@ -42,6 +42,12 @@ class Part:
     def rows_of(self, x_THD: Tensor) -> Tensor:
         """`[M, L, D]`."""
         return self.plan.group.rows_of(x_THD, self.matrices)
+
+    def matmul_dtype(self, x: Tensor) -> torch.dtype:
+        """In which dtype x is multiplied: bfloat16 if that is faster, otherwise what sums run in."""
+        if x.dtype is torch.bfloat16 and not self.plan.is_short and multiplies_bfloat16(x):
+            return torch.bfloat16
+        return sum_dtype(x)
 
     def scores(self, q_MRD: Tensor, k_MCD: Tensor, bias_GRC: Tensor | None) -> Tensor:
         """The scores of a strip, hidden ones included, in the dtype of the bias if there is one."""

@@ -10,11 +10,10 @@ ONEDNN_FROM = 1 << 20
 alone: on an EPYC core 128 x 64 x 1024 took 170 us there and 88 in oneDNN, whose calls start 10 us later."""
 
 
-def matmul_dtype(x: Tensor) -> torch.dtype:
-    """In which dtype products of x are fast and sums of them exact enough: float32 where 16 bits are only emulated."""
-    if x.dtype is torch.bfloat16 and (not x.is_cpu or _multiplies_bfloat16()):
-        return torch.bfloat16
-    return torch.promote_types(x.dtype, torch.float32)
+def multiplies_bfloat16(x: Tensor) -> bool:
+    """Whether bfloat16 is multiplied faster than float32 where x is; older processors emulate it."""
+    has = torch.cpu.get_capabilities() if x.is_cpu else {"amx_bf16": True}
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def product(a_MRK: Tensor, b_MKC: Tensor) -> Tensor:
@@ -48,8 +47,3 @@ def _worth_onednn(a_MRK: Tensor, b_MKC: Tensor) -> bool:
 def _is_dense(x: Tensor) -> bool:
     """Whether nothing lies between the rows, or columns: otherwise oneDNN falls back to code 500 times slower."""
     return x.is_contiguous() or x.mT.is_contiguous()
-
-
-def _multiplies_bfloat16() -> bool:
-    has = torch.cpu.get_capabilities()
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
