@@ -40,8 +40,8 @@ def _attend(problem: Problem, out_THD: Tensor, part: Part) -> None:
         for strip in strips:
             bias_GRC = None if bias is None else bias.values(rows, strip.keys, part.plan.buckets(strip))
             for batch in part.batches():
-                scores_MRC = part.scores(q_MRD[batch], k_MLD[batch, strip.keys], bias_GRC)
-                weights_MRC = part.plan.hide_(strip, F.silu(scores_MRC, inplace=True))
+                scores_MRC = part.scores(strip, q_MRD[batch], k_MLD[batch, strip.keys], bias_GRC)
+                weights_MRC = F.silu(scores_MRC, inplace=True)
                 add_product_(out_MRD[batch], weights_MRC.to(dtype), v_MLD[batch, strip.keys])
         out_MLD[:, rows] = out_MRD.mul_(scale_ML1[:, rows])
     group.close_(out_THD, out_MLD)

@@ -16,6 +16,7 @@ from .operator import Problem
 from .plan import Batch, GroupPlan, plan_of
 from .products import multiplies_bfloat16, product
 from .tile_bias import TileBias
+from .tiles import Strip
 from .workers import run_all
 
 WORTH_THREADS = 1 << 26
@@ -49,12 +50,13 @@ class Part:
             return torch.bfloat16
         return sum_dtype(x)
 
-    def scores(self, q_MRD: Tensor, k_MCD: Tensor, bias_GRC: Tensor | None) -> Tensor:
-        """The scores of a strip, hidden ones included, in the dtype of the bias if there is one."""
+    def scores(self, strip: Strip, q_MRD: Tensor, k_MCD: Tensor, bias_GRC: Tensor | None) -> Tensor:
+        """The scores of a strip, in the dtype of the bias if there is one; SiLU makes zeros of the hidden ones."""
         scores_MRC = product(q_MRD, k_MCD.mT)
-        if bias_GRC is None:
-            return scores_MRC
-        self._by_sequence(scores_MRC := scores_MRC.to(bias_GRC.dtype)).add_(bias_GRC[:, None])
+        if bias_GRC is not None:
+            scores_MRC = scores_MRC.to(bias_GRC.dtype)
+            self._by_sequence(scores_MRC).add_(bias_GRC[:, None])
+        self.plan.hide_(strip, scores_MRC)
         return scores_MRC
 
     def sum_of_heads(self, x_MRC: Tensor) -> Tensor:
@@ -111,14 +113,19 @@ def _plans(problem: Problem) -> list[GroupPlan]:
 
 
 def _parts(problem: Problem, plans: list[GroupPlan]) -> list[Part]:
-    """The work in parts, largest first: a group each, or some of its heads if there are fewer groups than threads."""
+    """The work in parts, largest first: a group each, or a head of a long sequence.
+
+    Heads that share a bias stay together unless threads would have nothing to do.
+    """
     num_heads = problem.q.shape[1]
     parts = []
     for plan in plans:
         if plan.is_short:
             parts.append(Part(plan, slice(0, len(plan.group.sequences) * num_heads), num_heads))
             continue
-        num_parts = min(num_heads, -(-torch.get_num_threads() // len(plans)))
+        num_parts = num_heads
+        if problem.bias is not None:
+            num_parts = min(num_heads, -(-torch.get_num_threads() // len(plans)))
         cuts = [n * num_heads // num_parts for n in range(num_parts + 1)]
         parts += [Part(plan, slice(*cut), 1) for cut in pairwise(cuts)]
     return parts

@@ -19,6 +19,8 @@ from .tiles import Strip, strips_of
 
 STRIP_KEYS = 1024
 """Most keys of a strip: a tile row of 128 by 1024 float32 fills half of an EPYC core's second cache."""
+HIDDEN = -1e30
+"""Far below any score: SiLU of it, and the derivative, are zero, in every dtype that scores have."""
 NUM_REMEMBERED = 4
 """Batches whose plans are kept: layers may attend in a few different ways to the same one."""
 
@@ -40,7 +42,7 @@ class GroupPlan:
 
     def __init__(self, group: Group, mask: AttentionMask, history_ends: list[int], times: Times | None) -> None:
         self.group, self.mask, self.history_ends, self.times = group, mask, history_ends, times
-        self._visible: dict[tuple[object, ...], Tensor] = {}
+        self._lowerings: dict[tuple[object, ...], Tensor] = {}
         self._buckets: dict[tuple[int, int], Tensor] = {}
 
     @property
@@ -56,16 +58,15 @@ class GroupPlan:
         strips = strips_of(self.mask, length, self.history_ends, tile=tile, most_keys=STRIP_KEYS)
         return [list(row) for _, row in groupby(strips, key=lambda strip: strip.rows.start)]
 
-    def hide_(self, strip: Strip, x_MRC: Tensor) -> Tensor:
-        """Set to zero, in place, what the mask hides."""
+    def hide_(self, strip: Strip, scores_MRC: Tensor) -> None:
+        """Lower, in place, what the mask hides so far that SiLU and its derivative are zero."""
         for keys in strip.masked:
-            part = x_MRC[..., keys.start - strip.keys.start : keys.stop - strip.keys.start]
-            visible = self._visible_part(strip.rows, keys, x_MRC.dtype)
-            if len(visible) == 1:
-                part.mul_(visible)
-            else:
-                part.view(len(visible), -1, *part.shape[1:]).mul_(visible[:, None])
-        return x_MRC
+            part = scores_MRC[..., keys.start - strip.keys.start : keys.stop - strip.keys.start]
+            lowering = self._lowering(strip.rows, keys, scores_MRC.dtype)
+            if len(lowering) > 1:
+                part = part.view(len(lowering), -1, *part.shape[1:])
+                lowering = lowering[:, None]
+            part.add_(lowering)
 
     def buckets(self, strip: Strip) -> Tensor | None:
         """The time bucket of every score of a strip, int32 `[G, R, C]`; None without a time bias."""
@@ -85,20 +86,20 @@ class GroupPlan:
         keys = self.times.keys[self.group.tokens_GL[:, strip.keys]]
         return time_buckets((queries[:, :, None] - keys[:, None, :]).abs_(), self.times.thresholds)
 
-    def _visible_part(self, rows: slice, keys: slice, dtype: torch.dtype) -> Tensor:
-        """1 where a query sees a key, else 0, `[1 or G, R, C]`; kept, as heads, layers and the backward ask again."""
+    def _lowering(self, rows: slice, keys: slice, dtype: torch.dtype) -> Tensor:
+        """0 where a query sees a key, else HIDDEN, `[1 or G, R, C]`; kept for heads, layers and the backward."""
         place: tuple[object, ...] = (dtype, rows.start, rows.stop, keys.start, keys.stop)
         depends_on_place = not self.mask.is_alike_along(rows, keys, min(self.history_ends))
         if not depends_on_place:
             place = (dtype, rows.start - keys.start, rows.stop - keys.start, keys.stop - keys.start)
-        if place not in self._visible:
+        if place not in self._lowerings:
             device = self.group.tokens_GL.device
             row = torch.arange(rows.start, rows.stop, device=device)[:, None]
             key = torch.arange(keys.start, keys.stop, device=device)
             ends = self.history_ends if depends_on_place else self.history_ends[:1]
             end = torch.tensor(ends, device=device)[:, None, None]
-            self._visible[place] = self.mask.visible(row, key, end).to(dtype)
-        return self._visible[place]
+            self._lowerings[place] = (~self.mask.visible(row, key, end)).to(dtype).mul_(HIDDEN)
+        return self._lowerings[place]
 
 
 @dataclass(frozen=True)

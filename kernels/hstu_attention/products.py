@@ -18,17 +18,24 @@ def multiplies_bfloat16(x: Tensor) -> bool:
 
 def product(a_MRK: Tensor, b_MKC: Tensor) -> Tensor:
     """`[M, R, C]` in the dtype of a."""
-    if _worth_onednn(a_MRK, b_MKC):
-        return torch.ops.mkldnn._linear_pointwise(a_MRK[0], b_MKC[0].mT, None, "none", [], "")[None]
-    return torch.bmm(a_MRK, b_MKC)
+    return _onednn(a_MRK, b_MKC) if _worth_onednn(a_MRK, b_MKC) else torch.bmm(a_MRK, b_MKC)
 
 
 def add_product_(sum_MRC: Tensor, a_MRK: Tensor, b_MKC: Tensor) -> None:
     """Add a @ b, in place, to a sum that may be of a wider dtype."""
-    if sum_MRC.dtype is a_MRK.dtype and not _worth_onednn(a_MRK, b_MKC):
+    if sum_MRC.stride(2) != 1:
+        sum_MRC, a_MRK, b_MKC = sum_MRC.mT, b_MKC.mT, a_MRK.mT
+    if _worth_onednn(a_MRK, b_MKC):
+        sum_MRC.add_(_onednn(a_MRK, b_MKC))
+    elif sum_MRC.dtype is a_MRK.dtype and sum_MRC.is_contiguous():
         sum_MRC.baddbmm_(a_MRK, b_MKC)
     else:
-        sum_MRC.add_(product(a_MRK, b_MKC))
+        # baddbmm_ would go through the matrices of a part of a larger tensor one by one.
+        sum_MRC.add_(torch.bmm(a_MRK, b_MKC))
+
+
+def _onednn(a_MRK: Tensor, b_MKC: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a_MRK[0], b_MKC[0].mT, None, "none", [], "")[None]
 
 
 def _worth_onednn(a_MRK: Tensor, b_MKC: Tensor) -> bool:
