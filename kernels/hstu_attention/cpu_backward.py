@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operator import Problem
+from .packing import Output
 from .part import Part, scaled, sum_dtype, tile_bias
 from .products import add_product_, product
 from .tile_bias import TileBias
@@ -24,13 +25,13 @@ PIECE = 256
 
 @dataclass(frozen=True)
 class OutputGradients:
-    """What the parts write to, `[T, H, D]`."""
+    """What the parts write to."""
 
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-    dscale: Tensor | None
-    """`[T, H, 1]`, float64: it is a long sum of large terms; None if nobody asks for it."""
+    dq: Output
+    dk: Output
+    dv: Output
+    dscale: Output | None
+    """Per head, `[T, H, 1]`, float64: it is a long sum of large terms; None if nobody asks for it."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class PartBackward:
     def run(self) -> TileBias | None:
         """Write the gradients of q, k, v and scale; returns those of the bias."""
         group, matrices = self.plan.group, self.part.matrices
-        dq_MLD = group.open(self.grads.dq, matrices)
-        dscale_ML1 = None if self.grads.dscale is None else group.open(self.grads.dscale, matrices)
+        dq_MLD = self.grads.dq.part_of(group, matrices)
+        dscale_ML1 = None if self.grads.dscale is None else self.grads.dscale.part_of(group, matrices)
         for strips in self.plan.strips:
             rows = strips[0].rows
             row = self._row(rows)
@@ -74,15 +75,11 @@ class PartBackward:
             dq_MLD[:, rows] = row.dq.mul_(row.scale * self.problem.alpha)
             if dscale_ML1 is not None and row.dscale is not None:
                 dscale_ML1[:, rows] = row.dscale
-        group.close_(self.grads.dq, dq_MLD)
-        if self.grads.dscale is not None and dscale_ML1 is not None:
-            group.close_(self.grads.dscale, dscale_ML1)
-        for x_THD, x_MDL in ((self.grads.dk, self.dk_MDL), (self.grads.dv, self.dv_MDL)):
-            x_MLD = group.open(x_THD, matrices)
+        for output, x_MDL in ((self.grads.dk, self.dk_MDL), (self.grads.dv, self.dv_MDL)):
+            x_MLD = output.part_of(group, matrices)
             # In pieces that fit in the cache: all at once it took 10 ns per element of a long sequence.
-            for to_MRD, from_MDR in zip(x_MLD.split(PIECE, 1), x_MDL.split(PIECE, 2), strict=True):
+            for to_MRD, from_MDR in zip(torch.split(x_MLD, PIECE, 1), torch.split(x_MDL, PIECE, 2), strict=True):
                 to_MRD.copy_(from_MDR.mT)
-            group.close_(x_THD, x_MLD)
         return self.bias
 
     def _row(self, rows: slice) -> _Row:
@@ -124,7 +121,7 @@ class PartBackward:
 
     def _zero_columns(self, x_MLD: Tensor) -> Tensor:
         """`[M, D, L]` to sum into."""
-        if self.plan.is_short:
+        if self.plan.group.is_short:
             return torch.zeros_like(x_MLD, dtype=self.sum_dtype).mT
         # A product that sums over the queries of a strip is up to twice as fast if it gives columns. The gap after each
         # row keeps those of 2^n events apart in the caches.

@@ -14,7 +14,7 @@ from torch import Tensor
 from .bias import bucket_thresholds, time_buckets
 from .inputs import check_values
 from .mask import AttentionMask
-from .packing import SHORT, Group, pack_sequences
+from .packing import SHORT, Group, Packing, pack_sequences
 from .tiles import Strip, strips_of
 
 STRIP_KEYS = 1024
@@ -45,11 +45,6 @@ class GroupPlan:
         self._lowerings: dict[tuple[object, ...], Tensor] = {}
         self._buckets: dict[tuple[int, int], Tensor] = {}
 
-    @property
-    def is_short(self) -> bool:
-        """Whether the group's matrices are multiplied together, not one by one."""
-        return self.group.length <= SHORT
-
     @cached_property
     def strips(self) -> list[list[Strip]]:
         """All strips in which some sequence of the group sees something; those of the same queries together."""
@@ -72,7 +67,7 @@ class GroupPlan:
         """The time bucket of every score of a strip, int32 `[G, R, C]`; None without a time bias."""
         if self.times is None:
             return None
-        if not self.is_short:
+        if not self.group.is_short:
             return self._compute_buckets(strip)
         place = (strip.rows.start, strip.keys.start)
         if place not in self._buckets:
@@ -100,6 +95,14 @@ class GroupPlan:
             end = torch.tensor(ends, device=device)[:, None, None]
             self._lowerings[place] = (~self.mask.visible(row, key, end)).to(dtype).mul_(HIDDEN)
         return self._lowerings[place]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The groups of a batch, longest sequences first."""
+
+    packing: Packing
+    groups: list[GroupPlan]
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,8 @@ class Batch:
         return same and all(_same(a, b) for a, b in zip(self.tensors(), other.tensors(), strict=True))
 
 
-def plan_of(batch: Batch) -> list[GroupPlan]:
-    """The plans of the groups of a batch, longest sequences first; those made before, if still remembered.
+def plan_of(batch: Batch) -> Plan:
+    """The plan of a batch; the one made before, if still remembered.
 
     Raises:
         ValueError: offsets or num_targets do not describe the batch.
@@ -157,10 +160,10 @@ def plan_of(batch: Batch) -> list[GroupPlan]:
     return plan
 
 
-_remembered: list[tuple[Batch, list[GroupPlan]]] = []
+_remembered: list[tuple[Batch, Plan]] = []
 
 
-def _make(batch: Batch) -> list[GroupPlan]:
+def _make(batch: Batch) -> Plan:
     bounds, targets = check_values(
         batch.offsets, batch.num_targets, num_events=batch.num_events, max_seq_len=batch.max_seq_len
     )
@@ -168,13 +171,13 @@ def _make(batch: Batch) -> list[GroupPlan]:
     if batch.num_buckets and batch.timestamps is not None:
         queries = batch.timestamps if batch.query_timestamps is None else batch.query_timestamps
         times = Times(queries, batch.timestamps, bucket_thresholds(batch.num_buckets, batch.device))
-    plans = []
-    for group in pack_sequences(bounds, num_heads=batch.num_heads, device=batch.device):
+    packing, plans = pack_sequences(bounds, num_heads=batch.num_heads, device=batch.device), []
+    for group in packing.groups:
         ends = [batch.mask.history_end(bounds[b + 1] - bounds[b], targets[b]) for b in group.sequences]
         if batch.num_targets is None and not batch.mask.depends_on_history_end:
             ends = [group.length]
         plans.append(GroupPlan(group, batch.mask, ends, times))
-    return plans
+    return Plan(packing, plans)
 
 
 def _tile_of(length: int, mask: AttentionMask) -> int:
