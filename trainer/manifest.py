@@ -66,6 +66,10 @@ class Manifest:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(folder / MANIFEST)
+        # The rename itself is on disk only once the folder is.
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
     def problems(self, folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:
         """What is wrong with the files, one sentence each; `part` of `parts` checks its share of them."""
