@@ -509,7 +509,13 @@ def test_an_interruption_leaves_nothing_behind(tmp_path, delay):
         "import sys; from pathlib import Path; from ultrarec.data.prepare import *; "
         "prepare(PrepareOptions(logs=(sys.argv[1],), out=Path(sys.argv[2]), user='user', item='item', time='time'))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, path, str(out)], stderr=subprocess.PIPE, text=True)
+    # A shell starts background jobs with Ctrl-C ignored, and children inherit that: a user's terminal does not.
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, path, str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads here
+    )
     while not list(tmp_path.glob("out.tmp-*/work/stage.duckdb")):
         assert process.poll() is None
         time.sleep(0.01)
