@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MOST_REPLICATED_VALUES = 1_000_000
+
 
 class FeatureConfig(BaseModel):
     """One further column of the prepared dataset that the model reads.
@@ -26,6 +28,15 @@ class FeatureConfig(BaseModel):
     per_octave: float = Field(default=1.0, gt=0)
     """Buckets per doubling of the value; `bucket` only."""
 
+    @model_validator(mode="after")
+    def _fits_every_rank(self) -> FeatureConfig:
+        if self.kind != "hash" and self.num_values > MOST_REPLICATED_VALUES:
+            raise ValueError(
+                f"num_values={self.num_values} with kind={self.kind!r}: every rank holds such a table, which may have "
+                f"{MOST_REPLICATED_VALUES:,} values; use kind='hash', whose table is sharded"
+            )
+        return self
+
 
 class DataConfig(BaseModel):
     """The `data` section."""
@@ -36,7 +47,7 @@ class DataConfig(BaseModel):
     """Folder of a prepared dataset (`ultrarec prepare`)."""
     features: dict[str, FeatureConfig] = {}
     """Columns read beside items, timestamps and actions, by name. `user_id` may be read as a `user` feature."""
-    max_history: int = Field(default=200, gt=0)
+    max_history: int = Field(default=200, gt=0, le=2**20)
     """Newest events of a user that a sample keeps in front of its targets. Ranking reads of them what is earlier than
     the first target: a record that the log repeats under one timestamp would give the label away."""
     targets_per_sample: int = Field(default=1, gt=0)

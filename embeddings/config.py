@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+MomentDecay = Annotated[float, Field(ge=0, lt=1)]
 Sharding = Literal["auto", "row_wise", "table_wise", "column_wise"]
 
 
@@ -17,7 +18,7 @@ class EmbeddingOptimizerConfig(BaseModel):
     kind: Literal["rowwise_adagrad", "adam"] = "rowwise_adagrad"
     lr: float = Field(default=0.01, gt=0)
     eps: float = Field(default=1e-8, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[MomentDecay, MomentDecay] = (0.9, 0.999)
     """First and second moment decay; `adam` only."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Share of a row, times the learning rate, that each update of the row takes away; rows not looked up keep it."""

@@ -42,6 +42,7 @@ def join(config: TrainerConfig) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=config.timeout_seconds)
     if "RANK" in os.environ:
+        _check_environment()
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -49,6 +50,20 @@ def join(config: TrainerConfig) -> Iterator[World]:
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
     finally:
         dist.destroy_process_group()
+
+
+def _check_environment() -> None:
+    """Refuse what a launcher would not have set, before torch fails on it."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ.get(name, "").isdigit():
+            raise UserError(
+                f"environment variable {name}={os.environ.get(name)!r}, but RANK is set and calls for a number there; "
+                "launch with torchrun or `ultrarec launch`, or unset RANK to train in one process"
+            )
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            "environment variable MASTER_ADDR is missing, but RANK is set; launch with torchrun, or unset RANK"
+        )
 
 
 def _device(name: str) -> torch.device:

@@ -109,6 +109,16 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
         ),
         ("trainer.epochs=0", "trainer.epochs=0: input should be greater than 0"),
         ("trainer.seed=-1", "trainer.seed=-1: input should be greater than or equal to 0"),
+        ("optimizer.betas=[2.0, 0.9]", "optimizer.betas.0=2.0: input should be less than 1"),
+        (
+            "trainer.timeout_seconds=10000000",
+            "trainer.timeout_seconds=10000000: input should be less than or equal to 604800",
+        ),
+        (
+            "data.features.tab.num_values=1000000000",
+            "data.features.tab: num_values=1000000000 with kind='category': every rank holds such a table, "
+            "which may have 1,000,000 values; use kind='hash', whose table is sharded",
+        ),
         ("model.dropout=1.0", "model.dropout=1.0: input should be less than 1"),
         ("trainer.precision=fp8", "trainer.precision='fp8': input should be 'fp32' or 'bf16'"),
         (

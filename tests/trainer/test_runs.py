@@ -238,6 +238,6 @@ def test_a_loss_that_is_not_finite_stops_every_rank_before_the_update(dataset, t
     configs = [config_of(dataset, "ranking", f"trainer.max_steps={last}") for last in (2, 9)]
     results = run_ranks(break_a_weight, *configs, tmp_path / "out", world_size=world_size)
     for said, tables_stayed, dense_stayed in results:
-        assert "loss is not finite; stopped before the update" in said
+        assert "the loss is not finite; stopped before the update" in said
         assert tables_stayed
         assert dense_stayed
