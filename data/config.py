@@ -18,7 +18,7 @@ class FeatureConfig(BaseModel):
     `hash`: 1 + a 64-bit mix of the integer modulo num_values, for id spaces without a vocabulary.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     kind: Literal["category", "bucket", "hash"]
     role: Literal["event", "outcome", "user"]
@@ -41,7 +41,7 @@ class FeatureConfig(BaseModel):
 class DataConfig(BaseModel):
     """The `data` section."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     path: str
     """Folder of a prepared dataset (`ultrarec prepare`)."""

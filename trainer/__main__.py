@@ -62,10 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(parser.parse_args(argv))
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            # Every rank finds the same fault, and rank 0 says so; torchrun ends all ranks as soon as one has ended.
+            # Mostly every rank finds the same fault; torchrun ends them all once rank 0 has said it and ended.
             time.sleep(SECONDS_FOR_RANK_0)
-        else:
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
 
 

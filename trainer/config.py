@@ -29,7 +29,7 @@ RECIPES = Path(__file__).parent / "recipes"
 class Section(BaseModel):
     """A frozen section that knows all its names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class OptimizerConfig(Section):
@@ -46,7 +46,7 @@ class OptimizerConfig(Section):
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """Course from the end of the warm-up to the last step."""
     final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Learning rate at the last step over the highest one; for `linear` and `cosine`."""
+    """What `linear` and `cosine` decay to by the end of the run, over the highest learning rate."""
 
 
 class TrainerConfig(Section):
@@ -81,7 +81,7 @@ class CheckpointConfig(Section):
     every: int | None = Field(default=None, gt=0)
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = Field(default=2, gt=0)
-    """Newest complete checkpoints that are kept."""
+    """Newest complete checkpoints that are kept; `ultrarec evaluate --checkpoint best` chooses among them."""
 
 
 class LaunchConfig(Section):

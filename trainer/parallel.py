@@ -67,12 +67,13 @@ def _check_environment() -> None:
 
 
 def _device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
+    needed, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if name == "cuda" and found < needed:
         raise UserError(
-            "trainer.device='cuda', but torch finds no CUDA device; use 'auto' or 'cpu', or run `ultrarec doctor`"
+            f"trainer.device='cuda', but torch finds {found} CUDA device(s) for {needed} process(es) of this machine; "
+            "launch fewer, use 'auto' or 'cpu', or run `ultrarec doctor`"
         )
-    if name == "cpu" or not available:
+    if name == "cpu" or found < needed:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)

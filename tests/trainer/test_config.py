@@ -134,6 +134,13 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
             "objective.tasks=[]",
             "objective.tasks is empty: ranking needs at least one action to predict, e.g. tasks = ['is_click']",
         ),
+        (
+            'objective.tasks=["is_click", "is_click"]',
+            "objective.tasks=['is_click', 'is_click'] names a task twice; name each once",
+        ),
+        ("objective.task_weights=[-1.0]", "objective.task_weights.0=-1.0: input should be greater than or equal to 0"),
+        ("optimizer.lr=inf", "optimizer.lr=inf: input should be a finite number"),
+        ("model.qk_dim=100000000", "model.qk_dim=100000000: input should be less than or equal to 65536"),
         ("objective.task_weights=[1.0, 2.0]", "objective.task_weights has 2 values for 1 tasks; give one per task"),
         (
             "data.features.tab.kind=word",
