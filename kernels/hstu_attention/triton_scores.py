@@ -1,0 +1,213 @@
+"""What the Triton kernels of HSTU attention share: their arguments, loads of tiles, the bias, and SiLU."""
+
+# T = events of all sequences, H = heads, D = head width, N = max_seq_len, R = queries and C = keys of a tile
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .bias import BUCKET_WIDTH
+from .mask import AttentionMask
+from .triton_mask import id_shift
+
+# float32 is multiplied as float32: tl.dot would round it to tf32, 10 bits.
+PRECISION = tl.constexpr("ieee")
+LOG2_PER_BUCKET = tl.constexpr(0.6931471805599453 / BUCKET_WIDTH)
+# The guess of a bucket errs by less than this, and never upwards: see bias.time_buckets.
+GUESS_MARGIN = tl.constexpr(0.001)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """All that a kernel is compiled for, beside dtypes and alignment."""
+
+    mask: AttentionMask
+    has_targets: bool
+    uniform_scale: bool
+    """One scale for all queries."""
+    hardware_tanh: bool
+    dqk: int
+    dv: int
+    block_dqk: int
+    """Columns of a tile of queries or keys: a power of 2, at least 16; those behind dqk are zeros."""
+    block_dv: int
+    rows: int
+    """Queries of a tile."""
+    keys: int
+    """Keys of a tile."""
+
+
+class Events(NamedTuple):
+    """A tensor `[T, H, D]` whose last dimension is contiguous; strides in elements."""
+
+    data: Any
+    event_stride: Any
+    head_stride: Any
+
+
+class Scale(NamedTuple):
+    """One number per query `[T]`."""
+
+    data: Any
+    event_stride: Any
+    """0 if it is the same for all."""
+
+
+class Sequences(NamedTuple):
+    """Where sequences are, and the order to work on them, longest first."""
+
+    offsets: Any
+    num_targets: Any
+    order: Any
+    num_heads: Any
+    num_tiles: Any
+    """Tiles of a sequence of N events."""
+
+
+class Sequence(NamedTuple):
+    """The work of one program: a tile of one head of one sequence."""
+
+    start: Any
+    """The first event, int64."""
+    length: Any
+    history_end: Any
+    head: Any
+    tile: Any
+
+
+class Bias(NamedTuple):
+    """RelativeBias, with query_timestamps filled in; weights that are None are left out."""
+
+    position_weight: Any
+    time_weight: Any
+    timestamps: Any
+    query_timestamps: Any
+    thresholds: Any
+    last_threshold: Any
+    """Index of the last of the thresholds."""
+    max_seq_len: Any
+
+
+@triton.jit
+def load_sequence(sequences, MASK: tl.constexpr):
+    """The work of this program: heads go fastest, then tiles, the last first, then sequences, the longest first."""
+    program = tl.program_id(0)
+    head, rest = program % sequences.num_heads, program // sequences.num_heads
+    tile, rank = sequences.num_tiles - 1 - rest % sequences.num_tiles, rest // sequences.num_tiles
+    return load_sequence_of(sequences, rank, head, tile, MASK)
+
+
+@triton.jit
+def load_sequence_of(sequences, rank, head, tile, MASK: tl.constexpr):
+    """The sequence that comes at `rank` in the order of work."""
+    index = tl.load(sequences.order + rank)
+    start = tl.load(sequences.offsets + index).to(tl.int64)
+    length = (tl.load(sequences.offsets + index + 1) - start).to(tl.int32)
+    history_len = length
+    if sequences.num_targets is not None:
+        history_len = length - tl.load(sequences.num_targets + index).to(tl.int32)
+    return Sequence(start, length, history_len - id_shift(MASK), head, tile)
+
+
+@triton.jit
+def row_pointers(events, sequence, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers `[ROWS, COLUMNS]` to the events from `first` on, for one head."""
+    origin = (sequence.start + first) * events.event_stride + tl.cast(sequence.head, tl.int64) * events.head_stride
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    return events.data + origin + rows[:, None] * events.event_stride + columns[None, :]
+
+
+@triton.jit
+def load_rows(
+    events,
+    sequence,
+    first,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHECK_END: tl.constexpr,
+):
+    """`[ROWS, COLUMNS]`: the events from `first` on, for one head; zeros behind column D, and behind the sequence.
+
+    Without CHECK_END all rows must be events of the sequence.
+    """
+    pointers = row_pointers(events, sequence, first, ROWS, COLUMNS)
+    is_column = tl.arange(0, COLUMNS)[None, :] < D
+    if CHECK_END:
+        is_row = first + tl.arange(0, ROWS)[:, None] < sequence.length
+        return tl.load(pointers, mask=is_row & is_column, other=0.0)
+    if D < COLUMNS:
+        return tl.load(pointers, mask=is_column, other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(events, x, sequence, first, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store `[ROWS, COLUMNS]` as the events from `first` on, as far as the sequence goes, for one head."""
+    pointers = row_pointers(events, sequence, first, ROWS, COLUMNS)
+    is_row = first + tl.arange(0, ROWS)[:, None] < sequence.length
+    is_column = tl.arange(0, COLUMNS)[None, :] < D
+    tl.store(pointers, x.to(events.data.dtype.element_ty), mask=is_row & is_column)
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`[ROWS, COLUMNS]` in float32."""
+    return tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+
+
+@triton.jit
+def load_scale(scale, sequence, first, ROWS: tl.constexpr):
+    """`[ROWS]`: the scale of the queries from `first` on; zeros behind the sequence."""
+    rows = first + tl.arange(0, ROWS)
+    pointers = scale.data + (sequence.start + rows) * scale.event_stride
+    return tl.load(pointers, mask=rows < sequence.length, other=0.0)
+
+
+@triton.jit
+def half_scores(products, rows, keys, sequence, bias, half_alpha):
+    """Half of `alpha * <q, k> + bias`; positions of queries and keys broadcast against the products."""
+    if bias is None:
+        return products * half_alpha
+    return products * half_alpha + 0.5 * bias_of(rows, keys, sequence, bias)
+
+
+@triton.jit
+def bias_of(rows, keys, sequence, bias):
+    """The relative bias of queries and keys at these positions; behind the sequence that of its last event."""
+    rows, keys = tl.minimum(rows, sequence.length - 1), tl.minimum(keys, sequence.length - 1)
+    value = 0.0
+    if bias.position_weight is not None:
+        value += tl.load(bias.position_weight + (rows - keys + (bias.max_seq_len - 1))).to(tl.float32)
+    if bias.time_weight is not None:
+        value += tl.load(bias.time_weight + time_bucket_of(rows, keys, sequence, bias)).to(tl.float32)
+    return value
+
+
+@triton.jit
+def time_bucket_of(rows, keys, sequence, bias):
+    """The time bucket of queries and keys at these positions, which are events: see bias.time_buckets."""
+    query_time = tl.load(bias.query_timestamps + sequence.start + rows)
+    key_time = tl.load(bias.timestamps + sequence.start + keys)
+    elapsed = tl.abs(query_time - key_time)
+    guess = tl.log2(tl.maximum(elapsed.to(tl.float32), 1.0)) * LOG2_PER_BUCKET - GUESS_MARGIN
+    bucket = tl.minimum(tl.maximum(guess, 0.0).to(tl.int32), bias.last_threshold - 1)
+    return bucket + (elapsed >= tl.load(bias.thresholds + bucket + 1)).to(tl.int32)
+
+
+@triton.jit
+def tanh(x, HARDWARE: tl.constexpr):
+    """Tanh by one special-function instruction, to about 11 bits, or by an exponential, to those of float32."""
+    if HARDWARE:
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return 1.0 - 2.0 / (1.0 + tl.exp2(2.8853900817779268 * x))
+
+
+@triton.jit
+def silu_and_slope(half, HARDWARE_TANH: tl.constexpr):
+    """silu(s) and twice its derivative, for h = s / 2: `h + h tanh(h)`, and `1 + t + silu (1 - t)` with t = tanh(h)."""
+    t = tanh(half, HARDWARE_TANH)
+    silu = half + half * t
+    return silu, (1.0 + t) + (silu - silu * t)
