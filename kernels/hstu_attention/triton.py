@@ -14,7 +14,7 @@ from .inputs import check_values
 from .operator import Gradients, Problem, differentiable
 from .triton_bias_launch import BiasPass
 from .triton_blocks import target_of
-from .triton_forward import forward_kernel
+from .triton_kernels.forward import forward_kernel
 from .triton_launch import forward_launch, keys_launch, queries_launch
 
 
@@ -54,8 +54,8 @@ def _check(problem: Problem) -> None:
     if q.device.type == "cpu":
         if isinstance(forward_kernel, triton.runtime.JITFunction):
             raise ValueError(
-                "backend='triton' got tensors on cpu; move them to a GPU, choose backend='cpu', or set TRITON_INTERPRET=1 "
-                "before Python starts, which interprets the kernels, slowly"
+                "backend='triton' got tensors on cpu; move them to a GPU, choose backend='cpu', or set "
+                "TRITON_INTERPRET=1 before Python starts, which interprets the kernels, slowly"
             )
         check_values(problem.offsets, problem.num_targets, num_events=q.shape[0], max_seq_len=problem.max_seq_len)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operator import Problem
-from .triton_bias_gradient import Buckets, bias_kernel
+from .triton_kernels.bias_gradient import Buckets, bias_kernel
 from .triton_launch import (
     Launch,
     bias_of,

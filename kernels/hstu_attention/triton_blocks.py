@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 INTERPRETER = "interpreter"
+DESCRIPTOR_TARGETS = (INTERPRETER, "sm_90", "sm_100", "sm_103")
 
 
 @dataclass(frozen=True)

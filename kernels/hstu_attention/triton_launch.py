@@ -8,13 +8,14 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .bias import bucket_thresholds
 from .operator import Problem
-from .triton_backward import keys_kernel, queries_kernel
-from .triton_blocks import Blocks, blocks_of
-from .triton_forward import forward_kernel
-from .triton_scores import Bias, Events, Scale, Sequences, Variant
+from .triton_kernels.backward import keys_kernel, queries_kernel
+from .triton_blocks import DESCRIPTOR_TARGETS, INTERPRETER, Blocks, blocks_of
+from .triton_kernels.forward import forward_kernel
+from .triton_kernels.scores import Bias, Events, Scale, Sequences, Variant
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def forward_launch(problem: Problem, out: Tensor, target: str) -> Launch:
     blocks = blocks_for("forward", problem, target)
     sequences = sequences_of(problem, blocks.rows)
     events = [events_of(x) for x in (problem.q, problem.k, problem.v, out)]
-    return _launch(forward_kernel, problem, blocks, target, sequences, *events)
+    tiles = [_tiles(x, blocks.keys, target) for x in (problem.k, problem.v)]
+    return _launch(forward_kernel, problem, blocks, target, sequences, *events, *tiles)
 
 
 def keys_launch(problem: Problem, dout: Tensor, dk: Tensor, dv: Tensor, target: str) -> Launch:
@@ -50,7 +52,8 @@ def keys_launch(problem: Problem, dout: Tensor, dk: Tensor, dv: Tensor, target: 
     blocks = blocks_for("keys", problem, target)
     sequences = sequences_of(problem, blocks.keys)
     events = [events_of(x) for x in (problem.q, problem.k, problem.v, dout, dk, dv)]
-    return _launch(keys_kernel, problem, blocks, target, sequences, *events)
+    tiles = [_tiles(x, blocks.rows, target) for x in (problem.q, dout)]
+    return _launch(keys_kernel, problem, blocks, target, sequences, *events, *tiles)
 
 
 def queries_launch(problem: Problem, dout: Tensor, dq: Tensor, dscale: Tensor | None, target: str) -> Launch:
@@ -59,7 +62,8 @@ def queries_launch(problem: Problem, dout: Tensor, dq: Tensor, dscale: Tensor | 
     sequences = sequences_of(problem, blocks.rows)
     events = [events_of(x) for x in (problem.q, problem.k, problem.v, dout, dq)]
     dscale_events = None if dscale is None else events_of(dscale)
-    return _launch(queries_kernel, problem, blocks, target, sequences, *events, dscale_events)
+    tiles = [_tiles(x, blocks.keys, target) for x in (problem.k, problem.v)]
+    return _launch(queries_kernel, problem, blocks, target, sequences, *events, dscale_events, *tiles)
 
 
 def blocks_for(kernel: str, problem: Problem, target: str) -> Blocks:
@@ -81,10 +85,11 @@ def variant_of(problem: Problem, blocks: Blocks, target: str) -> Variant:
         has_targets=problem.num_targets is not None,
         uniform_scale=problem.scale.stride(0) == 0,
         hardware_tanh=target.startswith("sm_") and problem.q.dtype != torch.float32,
+        interpreted=target == INTERPRETER,
         dqk=dqk,
         dv=dv,
-        block_dqk=max(16, triton.next_power_of_2(dqk)),
-        block_dv=max(16, triton.next_power_of_2(dv)),
+        block_dqk=_padded(dqk),
+        block_dv=_padded(dv),
         rows=blocks.rows,
         keys=blocks.keys,
     )
@@ -121,6 +126,21 @@ def bias_of(problem: Problem) -> Bias | None:
     last = len(thresholds) - 1
     times = (bias.timestamps, query_timestamps)
     return Bias(bias.position_weight, bias.time_weight, *times, thresholds, last, problem.max_seq_len)
+
+
+def _tiles(x_THD: Tensor, rows: int, target: str) -> TensorDescriptor | None:
+    """Tiles of `rows` events for the tensor memory accelerator, if the device has one and strides suit it."""
+    if target not in DESCRIPTOR_TARGETS or x_THD.stride(2) != 1 or x_THD.data_ptr() % 16:
+        return None
+    strides = x_THD.stride()
+    if any(stride == 0 or stride * x_THD.element_size() % 16 for stride in strides[:2]) or 0 in x_THD.shape:
+        return None
+    return TensorDescriptor(x_THD, list(x_THD.shape), list(strides), [rows, 1, _padded(x_THD.shape[2])])
+
+
+def _padded(width: int) -> int:
+    """How many columns a tile has for heads of this width."""
+    return max(16, triton.next_power_of_2(width))
 
 
 def _launch(kernel: Any, problem: Problem, blocks: Blocks, target: str, sequences: Sequences, *events: Any) -> Launch:

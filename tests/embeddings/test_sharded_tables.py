@@ -84,7 +84,9 @@ PLANS = [
 @pytest.fixture(scope="module", params=[65_536, 7], ids=["one block", "blocks of 7 rows"])
 def initial(request):
     """By world size: for every plan, what each rank holds at first, and the plan's page."""
-    return {n: list(zip(*run_ranks(initial_shards, PLANS, request.param, world_size=n), strict=True)) for n in (1, 2, 3)}
+    return {
+        n: list(zip(*run_ranks(initial_shards, PLANS, request.param, world_size=n), strict=True)) for n in (1, 2, 3)
+    }
 
 
 def test_every_plan_on_every_world_size_starts_from_the_same_rows(initial):
@@ -166,7 +168,10 @@ def request(rank: int, step: int) -> KeyedJaggedTensor:
     """Uneven ids of every key with duplicates, other ones on each rank; the last rank of several has no items."""
     generator = torch.Generator().manual_seed(100 * step + rank)
     counts = [0 if rank == 2 else 9 + 4 * rank, 3, 5]
-    ids = [torch.randint(0, limit, (count,), generator=generator) for count, limit in zip(counts, (46, 31, 46), strict=True)]
+    ids = [
+        torch.randint(0, limit, (count,), generator=generator)
+        for count, limit in zip(counts, (46, 31, 46), strict=True)
+    ]
     parts = [ids[0], ids[2], ids[1]]
     lengths = [[len(part) - len(part) // 2, len(part) // 2] for part in parts]
     return KeyedJaggedTensor(
@@ -257,7 +262,11 @@ def test_tables_learn_by_rowwise_adagrad_of_the_gradients_of_all_ranks(world_siz
         for name, table in after.items():
             assert not torch.equal(table, before[name])
             torch.testing.assert_close(
-                table.double(), expected[name], rtol=1e-5, atol=1e-6, msg=lambda m, k=k, n=name: f"{n}, plan {PLANS[k]}: {m}"
+                table.double(),
+                expected[name],
+                rtol=1e-5,
+                atol=1e-6,
+                msg=lambda m, k=k, n=name: f"{n}, plan {PLANS[k]}: {m}",
             )
 
 

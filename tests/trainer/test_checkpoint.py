@@ -10,7 +10,14 @@ from process_group import run_ranks
 from small_runs import checkpoint_tensors, config_of, differing, final_tensors, train_on_ranks
 from ultrarec.data.errors import UserError
 from ultrarec.trainer.checkpoint_command import add_arguments, run
-from ultrarec.trainer.manifest import MANIFEST, Manifest, all_checkpoints, checkpoint_folder, complete_checkpoints, step_of
+from ultrarec.trainer.manifest import (
+    MANIFEST,
+    Manifest,
+    all_checkpoints,
+    checkpoint_folder,
+    complete_checkpoints,
+    step_of,
+)
 
 
 @pytest.fixture

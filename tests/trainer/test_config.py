@@ -55,7 +55,12 @@ def test_every_recipe_loads_and_survives_a_round_trip_through_toml(name, recipe)
 
 
 def test_an_overridden_configuration_survives_a_round_trip_through_toml(recipe):
-    overrides = ("trainer.max_steps=3", "optimizer.clip_norm=0.5", "embeddings.sharding.item=row_wise", "data.path='a = b'")
+    overrides = (
+        "trainer.max_steps=3",
+        "optimizer.clip_norm=0.5",
+        "embeddings.sharding.item=row_wise",
+        "data.path='a = b'",
+    )
     config = load_config(recipe(), overrides)
     assert load_config(recipe(config.to_toml())) == config
 
@@ -72,7 +77,10 @@ def test_an_overridden_configuration_survives_a_round_trip_through_toml(recipe):
         ("data.path=/logs/a=b", lambda c: c.data.path == "/logs/a=b"),
         (" trainer.max_steps = 7 ", lambda c: c.trainer.max_steps == 7),
         ("data.features.tab.num_values=9", lambda c: c.data.features["tab"].num_values == 9),
-        ("data.features.age={kind='category', role='user', num_values=3}", lambda c: c.data.features["age"].role == "user"),
+        (
+            "data.features.age={kind='category', role='user', num_values=3}",
+            lambda c: c.data.features["age"].role == "user",
+        ),
         ("embeddings.sharding.item=row_wise", lambda c: c.embeddings.sharding == {"item": "row_wise"}),
     ],
 )
@@ -94,7 +102,10 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
         ("trainer.max_step=1", "trainer.max_step is no known setting; did you mean 'max_steps'?"),
         ("data.features.tab.colour=1", "data.features.tab.colour is no known setting; remove it"),
         ("checkpoint.xyz=1", "checkpoint.xyz is no known setting; known here: every, keep_last"),
-        ("trainer.epochs=many", "trainer.epochs='many': input should be a valid integer, unable to parse string as an integer"),
+        (
+            "trainer.epochs=many",
+            "trainer.epochs='many': input should be a valid integer, unable to parse string as an integer",
+        ),
         ("trainer.epochs=0", "trainer.epochs=0: input should be greater than 0"),
         ("trainer.seed=-1", "trainer.seed=-1: input should be greater than or equal to 0"),
         ("model.dropout=1.0", "model.dropout=1.0: input should be less than 1"),
@@ -112,7 +123,10 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
             "objective.tasks is empty: ranking needs at least one action to predict, e.g. tasks = ['is_click']",
         ),
         ("objective.task_weights=[1.0, 2.0]", "objective.task_weights has 2 values for 1 tasks; give one per task"),
-        ("data.features.tab.kind=word", "data.features.tab.kind='word': input should be 'category', 'bucket' or 'hash'"),
+        (
+            "data.features.tab.kind=word",
+            "data.features.tab.kind='word': input should be 'category', 'bucket' or 'hash'",
+        ),
         (
             "embeddings.sharding.item=diagonal",
             "embeddings.sharding.item='diagonal': input should be 'auto', 'row_wise', 'table_wise' or 'column_wise'",
@@ -152,7 +166,10 @@ def test_a_missing_setting_is_named(recipe, removed, expected):
 
 def test_all_mistakes_of_a_file_are_told_at_once(recipe):
     path = recipe(MINIMAL.replace("width = 8", "wdith = 8"))
-    assert message(path) == f"{path}: model.width is missing; set it; model.wdith is no known setting; did you mean 'width'?"
+    assert (
+        message(path)
+        == f"{path}: model.width is missing; set it; model.wdith is no known setting; did you mean 'width'?"
+    )
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest_name_and_the_list():
@@ -165,9 +182,11 @@ def test_an_unknown_recipe_is_answered_with_the_nearest_name_and_the_list():
 def test_a_file_that_is_missing_unreadable_or_no_toml_is_refused(recipe, tmp_path):
     missing, folder = tmp_path / "none.toml", tmp_path / "folder.toml"
     folder.mkdir()
-    assert message(str(missing)) == f"cannot read the configuration {missing}: No such file or directory; check the path"
+    assert (
+        message(str(missing)) == f"cannot read the configuration {missing}: No such file or directory; check the path"
+    )
     assert message(str(folder)) == f"cannot read the configuration {folder}: Is a directory; check the path"
-    path = recipe(b"path = \"caf\xe9\"")
+    path = recipe(b'path = "caf\xe9"')
     assert message(path) == f"{path} is not UTF-8 text (invalid continuation byte at byte 11); a configuration is TOML"
     path = recipe("[data\n")
     assert message(path).startswith(f"{path} is not valid TOML: ")

@@ -94,7 +94,11 @@ def test_ranking_metrics_are_those_of_the_logits_of_every_test_event(trained, da
     metrics, outputs = run_ranks(metrics_and_outputs, dataset, "ranking", out, 7, world_size=1)[0]
     logits, labels, users = (stacked(outputs, name) for name in ("logits", "labels", "users"))
     rows = [row for path in sorted(dataset.glob("histories/*.parquet")) for row in pq.read_table(path).to_pylist()]
-    actions = [(user, bits) for user, row in enumerate(rows) for bits in row["actions"][row["num_train"] + row["num_validation"] :]]
+    actions = [
+        (user, bits)
+        for user, row in enumerate(rows)
+        for bits in row["actions"][row["num_train"] + row["num_validation"] :]
+    ]
     assert users.tolist() == [user for user, _ in actions]
     assert labels.tolist() == [[bits & 1, bits >> 1 & 1] for _, bits in actions]
     loss = torch.nn.functional.binary_cross_entropy_with_logits(logits.double(), labels.double())
@@ -190,7 +194,14 @@ def run_with_lines(folder: Path, source: Path, written: list[dict[str, Any]]) ->
 @pytest.mark.parametrize(
     ("written", "best"),
     [
-        ([{"step": 5, "ne/a": 0.9, "ne/b": 0.9}, {"step": 10, "ne/a": 0.7, "ne/b": 1.0}, {"step": 15, "ne/a": 1.0, "ne/b": 1.0}], 10),
+        (
+            [
+                {"step": 5, "ne/a": 0.9, "ne/b": 0.9},
+                {"step": 10, "ne/a": 0.7, "ne/b": 1.0},
+                {"step": 15, "ne/a": 1.0, "ne/b": 1.0},
+            ],
+            10,
+        ),
         ([{"step": 5, "ndcg@10": 0.1}, {"step": 10, "ndcg@10": 0.3}, {"step": 15, "ndcg@10": 0.2}], 10),
         ([{"step": 5, "ndcg@10": 0.1}, {"step": 7, "ndcg@10": 0.9}], 5),
         ([{"step": 5, "ne/a": None, "ne/b": 0.5}, {"step": 10, "ne/a": 0.9, "ne/b": 0.9}], 10),

@@ -26,7 +26,9 @@ class Tables(KeyedOptimizer):
 
 def build(config=None, *, values=(0.5, -0.25, 2.0), sparse_lr=0.05):
     parameter = nn.Parameter(torch.tensor(values, dtype=torch.float64))
-    optimizer = Optimizer(config or OptimizerConfig(), dense={"w": parameter}, sparse=Tables(sparse_lr), total_steps=TOTAL)
+    optimizer = Optimizer(
+        config or OptimizerConfig(), dense={"w": parameter}, sparse=Tables(sparse_lr), total_steps=TOTAL
+    )
     return optimizer, parameter
 
 
@@ -110,7 +112,11 @@ def test_gradients_that_are_not_finite_stop_the_run_before_the_update(bad):
 def test_state_tensors_are_allocated_before_the_first_step_and_live_after_it():
     optimizer, parameter = build()
     state = optimizer.state_tensors()
-    assert {name: float(value.sum()) for name, value in state.items()} == {"w/step": 0, "w/exp_avg": 0, "w/exp_avg_sq": 0}
+    assert {name: float(value.sum()) for name, value in state.items()} == {
+        "w/step": 0,
+        "w/exp_avg": 0,
+        "w/exp_avg_sq": 0,
+    }
     parameter.grad = torch.ones_like(parameter)
     optimizer.begin(0)
     optimizer.update()

@@ -32,7 +32,10 @@ def whole(dataset, tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
     outs = {}
     for world_size in (1, 2):
-        runs = {kind: (config_of(dataset, kind, *settings), root / f"{kind}-{world_size}") for kind, settings in RESUMED.items()}
+        runs = {
+            kind: (config_of(dataset, kind, *settings), root / f"{kind}-{world_size}")
+            for kind, settings in RESUMED.items()
+        }
         run_ranks(train_on_ranks, list(runs.values()), world_size=world_size)
         outs |= {(kind, world_size): out for kind, (_, out) in runs.items()}
     return outs
@@ -40,9 +43,19 @@ def whole(dataset, tmp_path_factory):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, dataset, tmp_path, world_size):
-    cuts = [("ranking", 4), ("ranking", 12), ("ranking", 16), ("columns", 8), ("sampled_softmax", 8), ("sampled_softmax", 16)]
+    cuts = [
+        ("ranking", 4),
+        ("ranking", 12),
+        ("ranking", 16),
+        ("columns", 8),
+        ("sampled_softmax", 8),
+        ("sampled_softmax", 16),
+    ]
     runs = [
-        (config_of(dataset, kind, *RESUMED[kind]), interrupted(whole[kind, world_size], tmp_path / f"{kind}-{step}", step=step))
+        (
+            config_of(dataset, kind, *RESUMED[kind]),
+            interrupted(whole[kind, world_size], tmp_path / f"{kind}-{step}", step=step),
+        )
         for kind, step in cuts
     ]
     run_ranks(train_on_ranks, runs, world_size=world_size)
@@ -77,7 +90,8 @@ def test_a_run_continues_on_another_number_of_ranks(trained, dataset, tmp_path, 
     kinds, cut = ("ranking", "columns", "full_softmax"), 10
     whole = {kind: trained(before)[kind] for kind in kinds}
     runs = [
-        (config_of(dataset, kind, "checkpoint.every=5"), interrupted(out, tmp_path / kind, step=cut)) for kind, out in whole.items()
+        (config_of(dataset, kind, "checkpoint.every=5"), interrupted(out, tmp_path / kind, step=cut))
+        for kind, out in whole.items()
     ]
     run_ranks(train_on_ranks, runs, world_size=after)
     for (kind, uninterrupted), (_, out) in zip(whole.items(), runs, strict=True):
@@ -96,9 +110,13 @@ def test_a_run_continues_on_another_number_of_ranks(trained, dataset, tmp_path, 
 def test_a_run_may_change_its_number_of_ranks_again_and_again(trained, dataset, tmp_path):
     out = interrupted(trained(2)["ranking"], tmp_path / "out", step=5)
     for world_size, last in ((3, 11), (1, 14), (2, 100)):
-        run_ranks(train_on_ranks, [(config_of(dataset, "ranking", f"trainer.max_steps={last}"), out)], world_size=world_size)
+        run_ranks(
+            train_on_ranks, [(config_of(dataset, "ranking", f"trainer.max_steps={last}"), out)], world_size=world_size
+        )
     assert losses(out) == pytest.approx(losses(trained(2)["ranking"]), rel=1e-5)
-    assert {e: sorted(s) for e, s in audit(out).items()} == {e: sorted(s) for e, s in audit(trained(1)["ranking"]).items()}
+    assert {e: sorted(s) for e, s in audit(out).items()} == {
+        e: sorted(s) for e, s in audit(trained(1)["ranking"]).items()
+    }
 
 
 def test_a_finished_run_is_left_as_it_is(trained, dataset, tmp_path):
@@ -165,7 +183,14 @@ def train_by_command(dataset: Path, kind: str, out: Path, *arguments: str) -> in
 
 @pytest.mark.parametrize(
     "change",
-    ["model.width=16", "model.num_layers=1", "embeddings.dim=8", "data.seed=3", "objective.tasks=['is_click']", "data.batch_rows=12"],
+    [
+        "model.width=16",
+        "model.num_layers=1",
+        "embeddings.dim=8",
+        "data.seed=3",
+        "objective.tasks=['is_click']",
+        "data.batch_rows=12",
+    ],
 )
 def test_a_run_of_another_configuration_is_not_continued(trained, dataset, tmp_path, capsys, change):
     out = interrupted(trained(1)["ranking"], tmp_path / "out", step=5)

@@ -44,7 +44,9 @@ def expected_samples(dataset, sampler):
 def test_small_datasets_have_what_the_other_tests_rely_on(dataset):
     samples = expected_samples(dataset, RankingSampler(12, 1))
     assert len(samples) % 24
-    assert len(expected_samples(dataset, NextItemSampler(12))) % 7 == 1, "the last step must leave ranks without samples"
+    assert len(expected_samples(dataset, NextItemSampler(12))) % 7 == 1, (
+        "the last step must leave ranks without samples"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,7 +101,9 @@ def test_more_ranks_than_samples_of_a_step_neither_hang_nor_drop_one(tmp_path, k
     expected = expected_samples(small, sampler)
     run_ranks(few_samples, small, kind, tmp_path / "four", world_size=4)
     run_ranks(few_samples, small, kind, tmp_path / "one", world_size=1)
-    assert {epoch: sorted(found) for epoch, found in audit(tmp_path / "four").items()} == dict.fromkeys(range(3), expected)
+    assert {epoch: sorted(found) for epoch, found in audit(tmp_path / "four").items()} == dict.fromkeys(
+        range(3), expected
+    )
     assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
@@ -139,7 +143,9 @@ def test_two_accumulated_batches_move_dense_weights_like_one_twice_as_large(vari
     large, accumulated = final_tensors(variants["large batches"]), final_tensors(variants["accumulated batches"])
     assert losses(variants["accumulated batches"]) == pytest.approx(losses(variants["large batches"]), rel=1e-5)
     for name in (name for name in large if name.startswith("weights/model.")):
-        torch.testing.assert_close(accumulated[name], large[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            accumulated[name], large[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_accumulation_ends_with_the_epoch_and_consumes_each_sample_once(variants, dataset):
@@ -197,7 +203,9 @@ def break_a_weight(dataset: Path, out: Path) -> tuple[str, bool, bool]:
 
         def state() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
             tensors = run.trainable.tensors()
-            sharded = [shard.tensor for t in tensors.values() if hasattr(t, "local_shards") for shard in t.local_shards()]
+            sharded = [
+                shard.tensor for t in tensors.values() if hasattr(t, "local_shards") for shard in t.local_shards()
+            ]
             dense = [t for t in tensors.values() if type(t) is torch.Tensor]
             return [t.clone() for t in sharded], [t.clone() for t in dense]
 
@@ -207,14 +215,18 @@ def break_a_weight(dataset: Path, out: Path) -> tuple[str, bool, bool]:
         except RuntimeError as error:
             after_tables, after_dense = state()
             equal = [torch.equal(a, b) for a, b in zip(tables, after_tables, strict=True)]
-            same = [torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(dense, after_dense, strict=True)]
+            same = [
+                torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(dense, after_dense, strict=True)
+            ]
             return str(error), bool(equal) and all(equal), bool(same) and all(same)
     return "trained", False, False
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_loss_that_is_not_finite_stops_every_rank_before_the_update(dataset, tmp_path, world_size):
-    for said, tables_stayed, dense_stayed in run_ranks(break_a_weight, dataset, tmp_path / "out", world_size=world_size):
+    for said, tables_stayed, dense_stayed in run_ranks(
+        break_a_weight, dataset, tmp_path / "out", world_size=world_size
+    ):
         assert "loss is not finite; stopped before the update" in said
         assert tables_stayed
         assert dense_stayed

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .bias import BUCKET_WIDTH
-from .mask import AttentionMask
-from .triton_mask import id_shift
+from ..bias import BUCKET_WIDTH
+from ..mask import AttentionMask
+from .mask import id_shift
 
-# float32 is multiplied as float32: tl.dot would round it to tf32, 10 bits.
-PRECISION = tl.constexpr("ieee")
 LOG2_PER_BUCKET = tl.constexpr(0.6931471805599453 / BUCKET_WIDTH)
+# With this tanh both SiLU and its derivative are 0 exactly: kernels hide a score by it.
+HIDDEN_TANH = tl.constexpr(-1.0)
+TWICE_LOG2_E = tl.constexpr(2.8853900817779268)
 # The guess of a bucket errs by less than this, and never upwards: see bias.time_buckets.
 GUESS_MARGIN = tl.constexpr(0.001)
 
@@ -28,6 +29,7 @@ class Variant:
     uniform_scale: bool
     """One scale for all queries."""
     hardware_tanh: bool
+    interpreted: bool
     dqk: int
     dv: int
     block_dqk: int
@@ -136,20 +138,56 @@ def load_rows(
     pointers = row_pointers(events, sequence, first, ROWS, COLUMNS)
     is_column = tl.arange(0, COLUMNS)[None, :] < D
     if CHECK_END:
-        is_row = first + tl.arange(0, ROWS)[:, None] < sequence.length
-        return tl.load(pointers, mask=is_row & is_column, other=0.0)
-    if D < COLUMNS:
+        is_loaded = first + tl.arange(0, ROWS)[:, None] < sequence.length
+        if D < COLUMNS:
+            is_loaded = is_loaded & is_column
+        return tl.load(pointers, mask=is_loaded, other=0.0)
+    elif D < COLUMNS:
         return tl.load(pointers, mask=is_column, other=0.0)
-    return tl.load(pointers)
+    else:
+        return tl.load(pointers)
 
 
 @triton.jit
-def store_rows(events, x, sequence, first, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_tile(
+    events, descriptor, sequence, first, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EDGE: tl.constexpr
+):
+    """As load_rows; a tile that is not at an EDGE comes by its tensor descriptor, if there is one."""
+    if EDGE or descriptor is None:
+        return load_rows(events, sequence, first, D, ROWS, COLUMNS, EDGE)
+    else:
+        first_event = (sequence.start + first).to(tl.int32)
+        return descriptor.load([first_event, sequence.head, 0]).reshape(ROWS, COLUMNS)
+
+
+@triton.jit
+def store_rows(
+    events, x, sequence, first, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VARIANT: tl.constexpr
+):
     """Store `[ROWS, COLUMNS]` as the events from `first` on, as far as the sequence goes, for one head."""
     pointers = row_pointers(events, sequence, first, ROWS, COLUMNS)
     is_row = first + tl.arange(0, ROWS)[:, None] < sequence.length
     is_column = tl.arange(0, COLUMNS)[None, :] < D
-    tl.store(pointers, x.to(events.data.dtype.element_ty), mask=is_row & is_column)
+    tl.store(pointers, round_to(x, events.data.dtype.element_ty, VARIANT), mask=is_row & is_column)
+
+
+@triton.jit
+def dot(a, b, total, VARIANT: tl.constexpr):
+    """`total + a @ b` in float32; float32 is not rounded to tf32."""
+    if VARIANT.interpreted:
+        # The interpreter of Triton 3.7 multiplies the bits of bfloat16 as integers.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr, VARIANT: tl.constexpr):
+    """A float32 x in a dtype of the inputs, rounded to nearest."""
+    if VARIANT.interpreted and dtype == tl.bfloat16:
+        # The interpreter of Triton 3.7 cuts off the bits that bfloat16 lacks.
+        bits = x.to(tl.uint32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -171,7 +209,8 @@ def half_scores(products, rows, keys, sequence, bias, half_alpha):
     """Half of `alpha * <q, k> + bias`; positions of queries and keys broadcast against the products."""
     if bias is None:
         return products * half_alpha
-    return products * half_alpha + 0.5 * bias_of(rows, keys, sequence, bias)
+    else:
+        return products * half_alpha + 0.5 * bias_of(rows, keys, sequence, bias)
 
 
 @triton.jit
@@ -199,15 +238,18 @@ def time_bucket_of(rows, keys, sequence, bias):
 
 @triton.jit
 def tanh(x, HARDWARE: tl.constexpr):
-    """Tanh by one special-function instruction, to about 11 bits, or by an exponential, to those of float32."""
+    """The hyperbolic tangent: by one special-function instruction to about 11 bits, or to those of float32."""
     if HARDWARE:
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    return 1.0 - 2.0 / (1.0 + tl.exp2(2.8853900817779268 * x))
+    else:
+        return 1.0 - 2.0 / (1.0 + tl.exp2(x * TWICE_LOG2_E))
 
 
 @triton.jit
-def silu_and_slope(half, HARDWARE_TANH: tl.constexpr):
-    """silu(s) and twice its derivative, for h = s / 2: `h + h tanh(h)`, and `1 + t + silu (1 - t)` with t = tanh(h)."""
-    t = tanh(half, HARDWARE_TANH)
-    silu = half + half * t
-    return silu, (1.0 + t) + (silu - silu * t)
+def silu_and_excess_slope(half, tanh):
+    """silu(s), and by how much twice its derivative is above 1; with h = s / 2 and t = tanh(h) that is t + silu (1 - t).
+
+    So the product of a gradient with twice the derivative is one multiplication and addition.
+    """
+    silu = half + half * tanh
+    return silu, tanh + (silu - silu * tanh)

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .triton_mask import is_hidden, is_visible
-from .triton_scores import (
-    PRECISION,
+from .mask import is_hidden, is_visible
+from .scores import (
+    dot,
     half_scores,
     load_rows,
     load_scale,
     load_sequence_of,
-    silu_and_slope,
+    silu_and_excess_slope,
+    tanh,
     time_bucket_of,
     zeros,
 )
@@ -85,10 +86,11 @@ def sum_over_heads(
         k_CD = load_rows(k, sequence, first_key, VARIANT.dqk, VARIANT.keys, VARIANT.block_dqk, True)
         v_CD = load_rows(v, sequence, first_key, VARIANT.dv, VARIANT.keys, VARIANT.block_dv, True)
         dout_RD = load_rows(dout, sequence, first_row, VARIANT.dv, VARIANT.rows, VARIANT.block_dv, True)
-        products_RC = tl.dot(q_RD, tl.trans(k_CD), input_precision=PRECISION)
+        products_RC = dot(q_RD, tl.trans(k_CD), None, VARIANT)
         h_RC = half_scores(products_RC, rows, keys, sequence, bias, half_alpha)
-        _, slopes_RC = silu_and_slope(h_RC, VARIANT.hardware_tanh)
-        dscores_RC += slopes_RC * tl.dot(dout_RD, tl.trans(v_CD), input_precision=PRECISION)
+        _, excess_RC = silu_and_excess_slope(h_RC, tanh(h_RC, VARIANT.hardware_tanh))
+        dweights_RC = dot(dout_RD, tl.trans(v_CD), None, VARIANT)
+        dscores_RC += dweights_RC + dweights_RC * excess_RC
     sequence = load_sequence_of(sequences, rank, 0, 0, VARIANT.mask)
     half_scale_R = 0.5 * load_scale(scale, sequence, first_row, VARIANT.rows).to(tl.float32)
     visible = is_visible(rows, keys, sequence.history_end, VARIANT.mask, VARIANT.has_targets)
