@@ -5,6 +5,7 @@
 from dataclasses import dataclass, field
 
 import torch
+
 from ultrarec.kernels import AttentionMask, RelativeBias, hstu_attention
 
 LENGTHS = (0, 1, 63, 65, 0, 7, 300, 64, 2)

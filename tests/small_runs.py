@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
 from ultrarec.data.synthetic import random_histories, write_dataset
 from ultrarec.trainer.config import Config, load_config
 from ultrarec.trainer.loop import train

@@ -25,9 +25,9 @@ def _triton(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return attention(q, *args, **kwargs)
 
 
-def _auto(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    use_triton = q.is_cuda and q.dtype != torch.float64
-    return (_triton if use_triton else cpu.attention)(q, *args, **kwargs)
+def _auto(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    fits_triton = q.dtype != torch.float64 and max(q.shape[2], v.shape[2]) <= 256
+    return (_triton if q.is_cuda and fits_triton else cpu.attention)(q, k, v, *args, **kwargs)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {

@@ -51,6 +51,9 @@ def _check(problem: Problem) -> None:
     q = problem.q
     if q.dtype == torch.float64:
         raise ValueError("backend='triton' takes no float64; choose backend='cpu', which runs on every device")
+    widest = max(q.shape[2], problem.v.shape[2])
+    if widest > 256:
+        raise ValueError(f"backend='triton' takes heads up to 256 wide, not {widest}; choose backend='cpu'")
     if q.device.type == "cpu":
         if isinstance(forward_kernel, triton.runtime.JITFunction):
             raise ValueError(

@@ -12,8 +12,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .bias import bucket_thresholds
 from .operator import Problem
-from .triton_kernels.backward import keys_kernel, queries_kernel
 from .triton_blocks import DESCRIPTOR_TARGETS, INTERPRETER, Blocks, blocks_of
+from .triton_kernels.backward import keys_kernel, queries_kernel
 from .triton_kernels.forward import forward_kernel
 from .triton_kernels.scores import Bias, Events, Scale, Sequences, Variant
 
@@ -49,7 +49,8 @@ def forward_launch(problem: Problem, out: Tensor, target: str) -> Launch:
 
 def keys_launch(problem: Problem, dout: Tensor, dk: Tensor, dv: Tensor, target: str) -> Launch:
     """Write the gradients of k and v to dk and dv."""
-    blocks = blocks_for("keys", problem, target)
+    is_uniform = problem.scale.stride(0) == 0
+    blocks = blocks_for("keys" if is_uniform else "keys_scaled", problem, target)
     sequences = sequences_of(problem, blocks.keys)
     events = [events_of(x) for x in (problem.q, problem.k, problem.v, dout, dk, dv)]
     tiles = [_tiles(x, blocks.rows, target) for x in (problem.q, dout)]
@@ -68,7 +69,8 @@ def queries_launch(problem: Problem, dout: Tensor, dq: Tensor, dscale: Tensor | 
 
 def blocks_for(kernel: str, problem: Problem, target: str) -> Blocks:
     """The tiles of a kernel for the dtype and head widths of a problem."""
-    return blocks_of(kernel, target, max(problem.q.shape[2], problem.v.shape[2]), problem.q.dtype)
+    width = max(problem.q.shape[2], problem.v.shape[2])
+    return blocks_of(kernel, target, width, problem.q.dtype, biased=problem.bias is not None)
 
 
 def options_of(blocks: Blocks) -> dict[str, int]:
@@ -92,6 +94,8 @@ def variant_of(problem: Problem, blocks: Blocks, target: str) -> Variant:
         block_dv=_padded(dv),
         rows=blocks.rows,
         keys=blocks.keys,
+        edge_rows=max(16, blocks.rows // 2),
+        edge_keys=max(16, blocks.keys // 2),
     )
 
 

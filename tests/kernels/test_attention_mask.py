@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from ultrarec.kernels import AttentionMask, hstu_attention
 from ultrarec.kernels.hstu_attention.tiles import Visibility, tile_visibility, visible_tiles
 

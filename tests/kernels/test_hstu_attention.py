@@ -15,6 +15,7 @@ from attention_cases import (
     inputs_of,
     outputs_and_gradients,
 )
+
 from ultrarec.kernels import AttentionMask, RelativeBias, hstu_attention
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from ultrarec.kernels import RelativeBias, hstu_attention
 
 TIMES = torch.arange(5)

@@ -4,6 +4,7 @@ from decimal import Decimal, localcontext
 
 import pytest
 import torch
+
 from ultrarec.kernels import RelativeBias
 from ultrarec.kernels.hstu_attention.bias import bucket_thresholds, time_buckets
 

@@ -42,43 +42,17 @@ def keys_kernel(q, k, v, dout, dk, dv, q_tiles, dout_tiles, scale, sequences, bi
     for number in tl.range(0, num_full_tiles(tiles)):
         first_row = full_tile(tiles, number) * VARIANT.rows
         dk_CD, dv_CD = add_queries(
-            dk_CD,
-            dv_CD,
-            q,
-            k_CD,
-            v_CD,
-            dout,
-            q_tiles,
-            dout_tiles,
-            scale,
-            first_row,
-            first_key,
-            sequence,
-            bias,
-            half_alpha,
-            False,
-            VARIANT,
-        )
-    for number in tl.range(0, tiles.num_edge, num_stages=1):
-        first_row = edge_tile(tiles, number) * VARIANT.rows
+            dk_CD, dv_CD, q, k_CD, v_CD, dout, q_tiles, dout_tiles, scale, first_row, first_key, sequence, bias,
+            half_alpha, False, VARIANT.rows, VARIANT,
+        )  # fmt: skip
+    # Loads that check for the end of the sequence take registers: tiles at the edge go in parts.
+    num_parts = VARIANT.rows // VARIANT.edge_rows
+    for number in tl.range(0, tiles.num_edge * num_parts, num_stages=1):
+        first_row = edge_tile(tiles, number // num_parts) * VARIANT.rows + number % num_parts * VARIANT.edge_rows
         dk_CD, dv_CD = add_queries(
-            dk_CD,
-            dv_CD,
-            q,
-            k_CD,
-            v_CD,
-            dout,
-            q_tiles,
-            dout_tiles,
-            scale,
-            first_row,
-            first_key,
-            sequence,
-            bias,
-            half_alpha,
-            True,
-            VARIANT,
-        )
+            dk_CD, dv_CD, q, k_CD, v_CD, dout, q_tiles, dout_tiles, scale, first_row, first_key, sequence, bias,
+            half_alpha, True, VARIANT.edge_rows, VARIANT,
+        )  # fmt: skip
     dk_CD *= half_alpha
     if VARIANT.uniform_scale:
         one_scale = tl.load(scale.data).to(tl.float32)
@@ -91,15 +65,15 @@ def keys_kernel(q, k, v, dout, dk, dv, q_tiles, dout_tiles, scale, sequences, bi
 @triton.jit
 def add_queries(
     dk_CD, dv_CD, q, k_CD, v_CD, dout, q_tiles, dout_tiles, scale, first_row, first_key, sequence, bias, half_alpha,
-    EDGE: tl.constexpr, VARIANT: tl.constexpr,
+    EDGE: tl.constexpr, ROWS: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """Add what the queries from first_row on contribute, without half_alpha and without a uniform scale.
+    """Add what ROWS queries from first_row on contribute, without half_alpha and without a uniform scale.
 
     All scores are transposed: then they are the left operands of both sums, which may stay in registers.
     """
-    q_RD = load_tile(q, q_tiles, sequence, first_row, VARIANT.dqk, VARIANT.rows, VARIANT.block_dqk, EDGE)
-    dout_RD = load_tile(dout, dout_tiles, sequence, first_row, VARIANT.dv, VARIANT.rows, VARIANT.block_dv, EDGE)
-    rows = first_row + tl.arange(0, VARIANT.rows)[None, :]
+    q_RD = load_tile(q, q_tiles, sequence, first_row, VARIANT.dqk, ROWS, VARIANT.block_dqk, EDGE)
+    dout_RD = load_tile(dout, dout_tiles, sequence, first_row, VARIANT.dv, ROWS, VARIANT.block_dv, EDGE)
+    rows = first_row + tl.arange(0, ROWS)[None, :]
     keys = first_key + tl.arange(0, VARIANT.keys)[:, None]
     products_CR = dot(k_CD, tl.trans(q_RD), None, VARIANT)
     h_CR = half_scores(products_CR, rows, keys, sequence, bias, half_alpha)
@@ -111,7 +85,7 @@ def add_queries(
     dweights_CR = dot(v_CD, tl.trans(dout_RD), None, VARIANT)
     dscores_CR = dweights_CR + dweights_CR * excess_CR
     if not VARIANT.uniform_scale:
-        scale_R = load_scale(scale, sequence, first_row, VARIANT.rows)
+        scale_R = load_scale(scale, sequence, first_row, ROWS)
         weights_CR *= scale_R[None, :]
         dscores_CR *= scale_R[None, :]
     dv_CD = dot(round_to(weights_CR, dout_RD.dtype, VARIANT), dout_RD, dv_CD, VARIANT)
@@ -137,14 +111,15 @@ def queries_kernel(
     for number in tl.range(0, num_full_tiles(tiles)):
         first_key = full_tile(tiles, number) * VARIANT.keys
         dq_RD, dscale_R1 = add_keys(
-            dq_RD, dscale_R1, q_RD, k, v, k_tiles, v_tiles, dout_RD, dscale, first_row, first_key, sequence, bias, half_alpha,
-            False, VARIANT,
+            dq_RD, dscale_R1, q_RD, k, v, k_tiles, v_tiles, dout_RD, dscale, first_row, first_key, sequence, bias,
+            half_alpha, False, VARIANT.keys, VARIANT,
         )  # fmt: skip
-    for number in tl.range(0, tiles.num_edge, num_stages=1):
-        first_key = edge_tile(tiles, number) * VARIANT.keys
+    num_parts = VARIANT.keys // VARIANT.edge_keys
+    for number in tl.range(0, tiles.num_edge * num_parts, num_stages=1):
+        first_key = edge_tile(tiles, number // num_parts) * VARIANT.keys + number % num_parts * VARIANT.edge_keys
         dq_RD, dscale_R1 = add_keys(
-            dq_RD, dscale_R1, q_RD, k, v, k_tiles, v_tiles, dout_RD, dscale, first_row, first_key, sequence, bias, half_alpha,
-            True, VARIANT,
+            dq_RD, dscale_R1, q_RD, k, v, k_tiles, v_tiles, dout_RD, dscale, first_row, first_key, sequence, bias,
+            half_alpha, True, VARIANT.edge_keys, VARIANT,
         )  # fmt: skip
     scale_R = load_scale(scale, sequence, first_row, VARIANT.rows).to(tl.float32)
     dq_RD *= (half_alpha * scale_R)[:, None]
@@ -156,13 +131,13 @@ def queries_kernel(
 @triton.jit
 def add_keys(
     dq_RD, dscale_R1, q_RD, k, v, k_tiles, v_tiles, dout_RD, dscale, first_row, first_key, sequence, bias, half_alpha,
-    EDGE: tl.constexpr, VARIANT: tl.constexpr,
+    EDGE: tl.constexpr, KEYS: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """Add what the keys from first_key on contribute, without half_alpha and without the scale."""
-    k_CD = load_tile(k, k_tiles, sequence, first_key, VARIANT.dqk, VARIANT.keys, VARIANT.block_dqk, EDGE)
-    v_CD = load_tile(v, v_tiles, sequence, first_key, VARIANT.dv, VARIANT.keys, VARIANT.block_dv, EDGE)
+    """Add what KEYS keys from first_key on contribute, without half_alpha and without the scale."""
+    k_CD = load_tile(k, k_tiles, sequence, first_key, VARIANT.dqk, KEYS, VARIANT.block_dqk, EDGE)
+    v_CD = load_tile(v, v_tiles, sequence, first_key, VARIANT.dv, KEYS, VARIANT.block_dv, EDGE)
     rows = first_row + tl.arange(0, VARIANT.rows)[:, None]
-    keys = first_key + tl.arange(0, VARIANT.keys)[None, :]
+    keys = first_key + tl.arange(0, KEYS)[None, :]
     products_RC = dot(q_RD, tl.trans(k_CD), None, VARIANT)
     h_RC = half_scores(products_RC, rows, keys, sequence, bias, half_alpha)
     tanh_RC = tanh(h_RC, VARIANT.hardware_tanh)

@@ -39,6 +39,10 @@ class Variant:
     """Queries of a tile."""
     keys: int
     """Keys of a tile."""
+    edge_rows: int
+    """Queries of a part of a tile at the edge, where a loop runs over queries."""
+    edge_keys: int
+    """Keys of a part of a tile at the edge, where a loop runs over keys."""
 
 
 class Events(NamedTuple):
@@ -247,7 +251,7 @@ def tanh(x, HARDWARE: tl.constexpr):
 
 @triton.jit
 def silu_and_excess_slope(half, tanh):
-    """silu(s), and by how much twice its derivative is above 1; with h = s / 2 and t = tanh(h) that is t + silu (1 - t).
+    """silu(s), and by how much twice its derivative is above 1: with h = s / 2 and t = tanh(h), t + silu (1 - t).
 
     So the product of a gradient with twice the derivative is one multiplication and addition.
     """
