@@ -57,7 +57,7 @@ BLACKWELL: Table = {
 }
 AMPERE: Table = {
     "forward": {
-        64: Blocks(128, 64, 4, 2, 255),
+        64: Blocks(128, 64, 8, 2, 255),
         128: Blocks(128, 32, 8, 2, 255),
         256: Blocks(64, 32, 4, 1, 255),
     },
@@ -88,8 +88,8 @@ CDNA_BIASED: Table = {
 # Without tensor cores products take registers for both operands.
 FLOAT32: Table = {
     "forward": {64: Blocks(64, 32, 8, 1), 128: Blocks(32, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
-    "keys": {64: Blocks(32, 32, 8, 1), 256: Blocks(16, 16, 8, 1)},
-    "keys_scaled": {64: Blocks(32, 32, 8, 1), 256: Blocks(16, 16, 8, 1)},
+    "keys": {256: Blocks(16, 16, 8, 1)},
+    "keys_scaled": {256: Blocks(16, 16, 8, 1)},
     "queries": {64: Blocks(32, 32, 8, 1), 256: Blocks(16, 16, 8, 1)},
     "bias": {256: Blocks(16, 16, 8, 1)},
 }

@@ -30,7 +30,9 @@ class Launch:
 
     def start(self) -> None:
         """Run it on the device of its tensors."""
-        if self.num_programs:
+        if self.num_programs == 0:
+            return
+        with torch.cuda.device_of(self.arguments[0].data):  # type: ignore[no-untyped-call]
             self.kernel[(self.num_programs,)](*self.arguments, self.variant, **self.options)
 
     def compile(self) -> Any:

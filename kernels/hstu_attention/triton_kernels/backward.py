@@ -121,7 +121,7 @@ def queries_kernel(
             dq_RD, dscale_R1, q_RD, k, v, k_tiles, v_tiles, dout_RD, dscale, first_row, first_key, sequence, bias,
             half_alpha, True, VARIANT.edge_keys, VARIANT,
         )  # fmt: skip
-    scale_R = load_scale(scale, sequence, first_row, VARIANT.rows).to(tl.float32)
+    scale_R = load_scale(scale, sequence, first_row, VARIANT.rows)
     dq_RD *= (half_alpha * scale_R)[:, None]
     store_rows(dq, dq_RD, sequence, first_row, VARIANT.dqk, VARIANT.rows, VARIANT.block_dqk, VARIANT)
     if dscale is not None:

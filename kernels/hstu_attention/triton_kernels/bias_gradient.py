@@ -92,7 +92,7 @@ def sum_over_heads(
         dweights_RC = dot(dout_RD, tl.trans(v_CD), None, VARIANT)
         dscores_RC += dweights_RC + dweights_RC * excess_RC
     sequence = load_sequence_of(sequences, rank, 0, 0, VARIANT.mask)
-    half_scale_R = 0.5 * load_scale(scale, sequence, first_row, VARIANT.rows).to(tl.float32)
+    half_scale_R = 0.5 * load_scale(scale, sequence, first_row, VARIANT.rows)
     visible = is_visible(rows, keys, sequence.history_end, VARIANT.mask, VARIANT.has_targets)
     return tl.where(visible, dscores_RC * half_scale_R[:, None], 0.0)
 

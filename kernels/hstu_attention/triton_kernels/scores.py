@@ -202,10 +202,10 @@ def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def load_scale(scale, sequence, first, ROWS: tl.constexpr):
-    """`[ROWS]`: the scale of the queries from `first` on; zeros behind the sequence."""
+    """`[ROWS]` float32: the scale of the queries from `first` on; zeros behind the sequence."""
     rows = first + tl.arange(0, ROWS)
     pointers = scale.data + (sequence.start + rows) * scale.event_stride
-    return tl.load(pointers, mask=rows < sequence.length, other=0.0)
+    return tl.load(pointers, mask=rows < sequence.length, other=0.0).to(tl.float32)
 
 
 @triton.jit

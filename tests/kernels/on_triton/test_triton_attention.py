@@ -98,7 +98,7 @@ COUNTS = st.sampled_from([0, 0, 1, 3, 17, 40])
 
 
 @seed(0)
-@settings(max_examples=300 if torch.cuda.is_available() else 60, deadline=None, database=None)
+@settings(max_examples=300 if torch.cuda.is_available() else 25, deadline=None, database=None)
 @given(
     lengths=st.lists(st.integers(0, 70), min_size=1, max_size=2).map(tuple),
     mask=st.builds(AttentionMask, window=COUNTS, full_tail=COUNTS, prefix=COUNTS, num_contextual=COUNTS),
