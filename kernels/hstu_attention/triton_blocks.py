@@ -9,7 +9,9 @@ On sm_90, causal, bfloat16, one scale, the loop over full tiles issues per score
     gradients of k and v    11.4    12.1
     gradient of q            8.6     9.0
 
-The loop over tiles at the edge of the causal mask issues 10.0 and 10.8 in the forward.
+The loop over tiles at the edge of the causal mask issues 10.0 and 10.8 in the forward. Known to spill some bytes are
+biased heads wider than 128 on sm_100 and CDNA, the gradients of keys of biased heads on gfx942, and float32: the bias
+gradient and, on gfx942, all heads wider than 128.
 """
 
 from dataclasses import dataclass
