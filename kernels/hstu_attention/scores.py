@@ -12,6 +12,7 @@ from torch import Tensor
 from .bias import RelativeBias
 from .inputs import check_values
 from .mask import AttentionMask
+from .operator import Problem
 from .packing import TILE, Group, pack_sequences
 from .tile_bias import TileBias
 from .tiles import visible_tiles
@@ -62,6 +63,20 @@ class BlockedScores:
         self.history_ends = [mask.history_end(bounds[b + 1] - bounds[b], num) for b, num in enumerate(targets)]
         self.mask_differs = num_targets is not None or mask.depends_on_history_end
         self.bias = None if bias is None else TileBias(bias, max_seq_len, self.dtype)
+
+    @classmethod
+    def of(cls, problem: Problem) -> "BlockedScores":
+        """The scores of what an operator was called with."""
+        return cls(
+            problem.q,
+            problem.k,
+            problem.offsets,
+            problem.num_targets,
+            max_seq_len=problem.max_seq_len,
+            alpha=problem.alpha,
+            mask=problem.mask,
+            bias=problem.bias,
+        )
 
     def zeros_like(self, x_THD: Tensor) -> Tensor:
         """Packed rows `[P, D]` to sum into."""
