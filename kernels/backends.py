@@ -7,14 +7,28 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "cpu", "triton", "reference")
 
 
 def backend_for(x: Tensor, backend: str) -> str:
     """The implementation that a user's choice means for a tensor; ValueError unless it is one of BACKENDS."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}; choose one of {sorted(BACKENDS)}")
-    return "cpu" if backend == "auto" else backend
+    if backend == "auto":
+        return "triton" if x.is_cuda and x.dtype != torch.float64 else "cpu"
+    if backend == "triton":
+        _check_triton(x)
+    return backend
+
+
+def _check_triton(x: Tensor) -> None:
+    if x.dtype == torch.float64:
+        raise ValueError("backend='triton' takes no float64; choose backend='cpu', which runs on every device")
+    if x.device.type == "cpu" and not import_module("triton").knobs.runtime.interpret:
+        raise ValueError(
+            "backend='triton' got tensors on cpu; move them to a GPU, choose backend='cpu', or set TRITON_INTERPRET=1 "
+            "before Python starts, which interprets the kernels, slowly"
+        )
 
 
 def implementation(package: str, backend: str) -> ModuleType:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-BACKENDS = ["cpu"]
+BACKENDS = ["cpu", "triton"] if INTERPRETED or DEVICE == "cuda" else ["cpu"]
 
 Inputs = dict[str, Tensor]
 
@@ -32,6 +32,8 @@ def assert_as_exact_as_plain_torch(op: Callable[[Inputs, str], Tensor], inputs: 
     got = outputs_and_gradients(lambda x: op(x, backend), inputs)
     plain = outputs_and_gradients(lambda x: op(x, "reference"), inputs)
     exact = outputs_and_gradients(lambda x: op(x, "reference"), inputs, torch.float64)
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds, which doubles the error of every result.
+    cuts_off = backend == "triton" and INTERPRETED and any(x.dtype == torch.bfloat16 for x in inputs.values())
     for name, value in got.items():
         assert value.dtype == plain[name].dtype, name
         assert value.shape == exact[name].shape, name
@@ -39,8 +41,8 @@ def assert_as_exact_as_plain_torch(op: Callable[[Inputs, str], Tensor], inputs: 
             continue
         error = (value - exact[name]).abs().max()
         floor = 1e-6 * max(1.0, exact[name].abs().max().item())
-        bound = 2 * (plain[name] - exact[name]).abs().max() + floor
-        assert error <= bound, f"{name}: error {error:.1e} > {bound:.1e}, twice that of plain torch"
+        bound = (4 if cuts_off else 2) * (plain[name] - exact[name]).abs().max() + floor
+        assert error <= bound, f"{name}: error {error:.1e} > {bound:.1e}, by the error of plain torch"
 
 
 def assert_compiles(op: Callable[[Inputs], Tensor], inputs: Inputs) -> None:

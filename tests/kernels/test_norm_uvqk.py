@@ -8,6 +8,7 @@ from fused_ops import (
     BACKENDS,
     DEVICE,
     DTYPES,
+    INTERPRETED,
     assert_as_exact_as_plain_torch,
     assert_compiles,
     saved_bytes_per_row,
@@ -92,6 +93,15 @@ def test_gradients_match_finite_differences():
         assert torch.autograd.gradcheck(
             lambda *tensors, op=op: op(dict(zip(inputs, tensors, strict=True))), tuple(inputs.values())
         )
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes what this refuses")
+def test_triton_says_what_it_does_not_take():
+    with pytest.raises(ValueError, match="got tensors on cpu; move them to a GPU, choose backend='cpu', or set TRITON"):
+        project(10)(inputs_of(), "triton")
+    doubles = {name: x.double() for name, x in inputs_of().items()}
+    with pytest.raises(ValueError, match="takes no float64; choose backend='cpu'"):
+        project(10)(doubles, "triton")
 
 
 @pytest.mark.parametrize(("num_activated", "kept"), [(40, 24 + 40), (10, 24 + 10), (0, 24)])
