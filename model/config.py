@@ -46,6 +46,9 @@ class ModelConfig(BaseModel):
     """Learned vector per bucket of the time from an event to the request, added to the input (ranking only)."""
     time_unit: float = Field(default=1.0, gt=0)
     """Seconds per unit of the log's timestamps: 0.001 for milliseconds. Read by `time_encoding`."""
+    rematerialize: bool = False
+    """Keep of each layer its input, its attention output and statistics, and compute u, v, q and k again in the
+    backward pass: less memory for one more projection; the results are the same bit for bit."""
     token_hidden: int | None = Field(default=None, gt=0, le=MOST_COLUMNS)
     """Hidden width of the MLPs that make a token from item, features and actions; without it embeddings are summed,
     which needs embeddings.dim == model.width."""

@@ -103,7 +103,8 @@ def test_more_ranks_than_samples_of_a_step_neither_hang_nor_drop_one(tmp_path, k
     assert {epoch: sorted(found) for epoch, found in audit(tmp_path / "four").items()} == dict.fromkeys(
         range(3), expected
     )
-    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    # Logits of the full softmax reach 1 / temperature = 20, where neighbouring float32 numbers lie 1.9e-6 apart.
+    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-5, abs=2e-6)
 
 
 @pytest.mark.parametrize("kind", ["ranking", "sampled_softmax"])
