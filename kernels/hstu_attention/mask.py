@@ -51,7 +51,7 @@ class AttentionMask:
         Returns:
             bool `[..., R, C]`.
         """
-        row_ids, key_ids = self._ids(rows, history_end), self._ids(keys, history_end)
+        row_ids, key_ids = self.ids(rows, history_end), self.ids(keys, history_end)
         seen = row_ids > key_ids
         if self.window:
             exempt = row_ids - key_ids <= self.window
@@ -64,7 +64,14 @@ class AttentionMask:
             seen = seen | ((row_ids == 0) & (key_ids < history_end))
         return seen | (rows == keys)
 
-    def _ids(self, positions: Tensor, history_end: Tensor) -> Tensor:
+    def is_alike_along(self, rows: slice, keys: slice, history_end: int) -> bool:
+        """Whether these queries see these keys by their distance alone."""
+        first, last = min(rows.start, keys.start), max(rows.stop, keys.stop) - 1
+        begins = max(self.num_contextual, self.prefix)
+        return first >= begins and last - max(self.num_contextual - 1, 0) < history_end - self.full_tail
+
+    def ids(self, positions: Tensor, history_end: Tensor) -> Tensor:
+        """The id of each position, integers, broadcast against `history_end`."""
         if self.num_contextual:
             positions = (positions - self.num_contextual + 1).clamp(min=0)
         return torch.minimum(positions, history_end)

@@ -1,52 +1,40 @@
 """The relative bias of one tile of scores, and the gradient of its weights from the gradient of the scores."""
 
-# G = sequences of a group, L = length of its longest, H = heads, R = queries and C = keys of a tile
+# G = sequences of a group, R = queries and C = keys of a tile
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bias import RelativeBias, bucket_thresholds, time_buckets
-
 
 class TileBias:
     """Bias values of tiles, and running sums, in float64, of the gradients of position_weight and time_weight."""
 
-    def __init__(self, bias: RelativeBias, max_seq_len: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, position_weight: Tensor | None, time_weight: Tensor | None, max_seq_len: int, dtype: torch.dtype
+    ) -> None:
         self.max_seq_len = max_seq_len
-        self.position_weight = None if bias.position_weight is None else bias.position_weight.detach().to(dtype)
-        self.time_weight = None if bias.time_weight is None else bias.time_weight.detach().to(dtype)
-        self.timestamps = bias.timestamps
-        self.query_timestamps = bias.timestamps if bias.query_timestamps is None else bias.query_timestamps
+        self.position_weight = None if position_weight is None else position_weight.detach().to(dtype)
+        self.time_weight = None if time_weight is None else time_weight.detach().to(dtype)
         if self.position_weight is not None:
             self.position_grad = torch.zeros_like(self.position_weight, dtype=torch.float64)
         if self.time_weight is not None:
             self.time_grad = torch.zeros_like(self.time_weight, dtype=torch.float64)
-            self.thresholds = bucket_thresholds(len(self.time_weight) - 1, self.time_weight.device)
 
-    def buckets(self, tokens_GL: Tensor, rows: slice, keys: slice) -> Tensor | None:
-        """The time bucket of every score of a tile, int32 `[G, R, C]`; None without a time bias."""
-        if self.time_weight is None or self.timestamps is None or self.query_timestamps is None:
-            return None
-        queries = self.query_timestamps[tokens_GL[:, rows]]
-        elapsed = (queries[:, :, None] - self.timestamps[tokens_GL[:, keys]][:, None, :]).abs_()
-        return time_buckets(elapsed, self.thresholds)
-
-    def values(self, rows: slice, keys: slice, buckets: Tensor | None) -> Tensor:
+    def values(self, rows: slice, keys: slice, buckets_GRC: Tensor | None) -> Tensor:
         """The bias of a tile, `[1 or G, R, C]`."""
-        if buckets is None or self.time_weight is None:
+        if buckets_GRC is None or self.time_weight is None:
             return self._position_values(rows, keys)
-        values = self.time_weight.index_select(0, buckets.flatten()).view(buckets.shape)
+        values = self.time_weight.index_select(0, buckets_GRC.flatten()).view(buckets_GRC.shape)
         return values if self.position_weight is None else values.add_(self._position_values(rows, keys))
 
-    def add_gradient(self, dscores_GHRC: Tensor, rows: slice, keys: slice, buckets: Tensor | None) -> None:
-        """Add what the gradient of a tile of scores contributes to the gradients of the weights."""
-        dbias_GRC = dscores_GHRC.sum(1)
+    def add_gradient(self, dbias_GRC: Tensor, rows: slice, keys: slice, buckets_GRC: Tensor | None) -> None:
+        """Add what the gradient of a tile's bias, summed over the heads, contributes to those of the weights."""
         if self.position_weight is not None:
             self.position_grad[self._offsets(rows, keys)] += _sum_of_diagonals(dbias_GRC.sum(0))
-        if buckets is not None:
+        if buckets_GRC is not None:
             weights = dbias_GRC.flatten().to(torch.float64)
-            self.time_grad += torch.bincount(buckets.flatten(), weights, minlength=len(self.time_grad))
+            self.time_grad += torch.bincount(buckets_GRC.flatten(), weights, minlength=len(self.time_grad))
 
     def _position_values(self, rows: slice, keys: slice) -> Tensor:
         assert self.position_weight is not None, "a RelativeBias has at least one weight"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ultrarec.kernels import AttentionMask, hstu_attention
-from ultrarec.kernels.hstu_attention.tiles import Visibility, tile_visibility, visible_tiles
+from ultrarec.kernels.hstu_attention.tiles import strips_of, tile_visibility
 
 MASKS = [
     AttentionMask(*values)
@@ -75,40 +75,59 @@ def test_padding_behind_a_sequence_is_hidden_from_all_its_queries() -> None:
 def test_tiles_called_hidden_or_visible_are_so_in_every_element(length: int, num_targets: int) -> None:
     blocks = [slice(start, min(start + 3, length)) for start in range(0, length, 3)]
     for mask in MASKS:
-        seen, end = seen_by(mask, length, num_targets), mask.history_end(length, num_targets)
-        for rows, keys in itertools.product(blocks, blocks):
-            answer, truth = tile_visibility(mask, rows, keys, end), seen[rows, keys]
-            assert truth.all() or answer is not Visibility.ALL, (mask, rows, keys)
-            assert not truth.any() or answer is not Visibility.NONE, (mask, rows, keys)
+        seen = seen_by(mask, length, num_targets)
+        some, every = tile_visibility(mask, blocks, [mask.history_end(length, num_targets)])
+        for (i, rows), (j, keys) in itertools.product(enumerate(blocks), repeat=2):
+            assert seen[rows, keys].all() or not every[i, j], (mask, rows, keys)
+            assert not seen[rows, keys].any() or some[i, j], (mask, rows, keys)
+
+
+def tiles_of(mask: AttentionMask, *, tile: int) -> tuple[int, int]:
+    """How many tiles of 1024 x 1024 scores are computed, and how many of them are masked."""
+    strips = list(strips_of(mask, 1024, [1024], tile=tile, most_keys=4 * tile))
+    assert all(strip.keys.stop - strip.keys.start <= 4 * tile for strip in strips)
+    computed = sum(strip.keys.stop - strip.keys.start for strip in strips)
+    masked = sum(keys.stop - keys.start for strip in strips for keys in strip.masked)
+    return computed // tile, masked // tile
 
 
 def test_a_causal_mask_computes_half_of_the_tiles_and_masks_only_the_diagonal() -> None:
-    tiles = list(visible_tiles(AttentionMask(), 1024, [1024], tile=64))
-    assert len(tiles) == 16 * 17 // 2
-    assert [rows for rows, _, all_visible in tiles if not all_visible] == [
-        keys for rows, keys, _ in tiles if rows == keys
-    ]
+    assert tiles_of(AttentionMask(), tile=64) == (16 * 17 // 2, 16)
 
 
 def test_a_windowed_mask_computes_tiles_in_proportion_to_the_window() -> None:
-    tiles = list(visible_tiles(AttentionMask(window=64), 1024, [1024], tile=64))
-    assert len(tiles) == 16 + 15
-    with_tail = list(visible_tiles(AttentionMask(window=64, full_tail=64), 1024, [1024], tile=64))
-    assert len(with_tail) == 16 + 15 + 14
-    with_prefix = list(visible_tiles(AttentionMask(window=64, prefix=64), 1024, [1024], tile=64))
-    assert len(with_prefix) == 16 + 15 + 14
+    assert tiles_of(AttentionMask(window=64), tile=64)[0] == 16 + 15
+    assert tiles_of(AttentionMask(window=64, full_tail=64), tile=64)[0] == 16 + 15 + 14
+    assert tiles_of(AttentionMask(window=64, prefix=64), tile=64)[0] == 16 + 15 + 14
 
 
-def test_the_tiles_of_a_group_serve_each_of_its_sequences() -> None:
+def test_the_strips_of_a_group_serve_each_of_its_sequences() -> None:
     for mask in MASKS:
         computed, unmasked = torch.zeros(2, 20, 20, dtype=torch.bool)
-        for rows, keys, all_visible in visible_tiles(mask, 20, [mask.history_end(n, 2) for n in (20, 14)], tile=4):
-            computed[rows, keys] = True
-            unmasked[rows, keys] = all_visible
+        ends = [mask.history_end(n, 2) for n in (20, 14)]
+        for strip in strips_of(mask, 20, ends, tile=4, most_keys=12):
+            assert not computed[strip.rows, strip.keys].any(), "each score once"
+            computed[strip.rows, strip.keys] = True
+            unmasked[strip.rows, strip.keys] = True
+            for keys in strip.masked:
+                unmasked[strip.rows, keys] = False
         for n in (20, 14):
             seen = seen_by(mask, n, 2)
             assert not (seen & ~computed[:n, :n]).any(), mask
             assert not (unmasked[:n, :n] & ~seen).any(), mask
+
+
+def test_what_is_alike_along_a_sequence_depends_on_the_distance_alone() -> None:
+    length, num_targets = 20, 2
+    for mask in MASKS:
+        seen, end = seen_by(mask, length, num_targets), mask.history_end(length, num_targets)
+        by_distance: dict[tuple[int, int, int], torch.Tensor] = {}
+        for row, key, size in itertools.product(range(17), range(17), (2, 4)):
+            rows, keys = slice(row, row + size), slice(key, key + 3)
+            if mask.is_alike_along(rows, keys, end):
+                known = by_distance.setdefault((row - key, size, 3), seen[rows, keys])
+                assert torch.equal(known, seen[rows, keys]), (mask, rows, keys)
+        assert by_distance or mask.num_contextual or mask.prefix or mask.full_tail, mask
 
 
 @pytest.mark.parametrize("name", ["window", "full_tail", "prefix", "num_contextual"])

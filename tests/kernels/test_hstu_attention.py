@@ -15,6 +15,8 @@ from attention_cases import (
     inputs_of,
     outputs_and_gradients,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ultrarec.kernels import AttentionMask, RelativeBias, hstu_attention
 
@@ -74,6 +76,44 @@ class TestAgainstTheDefinition:
             return attend(case, dict(zip(inputs, tensors, strict=True)), "cpu")
 
         assert torch.autograd.gradcheck(of, tuple(inputs.values()))
+
+
+SHORT = st.integers(0, 40)
+LENGTHS = st.lists(SHORT, min_size=1, max_size=6)
+LONG = st.builds(lambda short, long: (*short, long), st.lists(SHORT, max_size=2), st.integers(250, 420))
+COUNTS = st.integers(0, 12)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    # The largest error of few 16-bit numbers is too much a matter of luck to be compared.
+    widths = st.sampled_from([1, 5, 16, 25, 32] if dtype is torch.float32 else [16, 25, 32])
+    mask = AttentionMask(*(draw(st.sampled_from([0, draw(COUNTS)])) for _ in range(4)))
+    return Case(
+        lengths=tuple(draw(LENGTHS if draw(st.integers(0, 9)) else LONG)),
+        num_heads=draw(st.integers(1, 3)),
+        dqk=draw(widths),
+        dv=draw(widths),
+        slack=draw(st.integers(0, 9)),
+        mask=mask,
+        targets=draw(st.booleans()),
+        bias=draw(st.sampled_from(["", "position", "time", "time query", "position time", "position time query"])),
+        scale=draw(st.sampled_from(["default", "number", "tensor"])),
+        dtype=dtype,
+    )
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@settings(
+    max_examples=400,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(cases())
+def test_random_problems_are_as_exact_as_plain_torch(case: Case) -> None:
+    assert_as_exact_as_plain_torch(case, "cpu")
 
 
 def test_int32_offsets_give_the_same_result() -> None:

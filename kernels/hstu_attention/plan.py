@@ -1,0 +1,198 @@
+"""What the attention over a batch needs to know besides numbers to compute with: its groups, strips, hidden scores and
+time buckets. Made once for all layers, forward and backward.
+"""
+
+# T = events of all sequences, B = sequences, H = heads, G = sequences of a group, R = queries and C = keys of a strip
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from .bias import bucket_thresholds, time_buckets
+from .inputs import check_values
+from .mask import AttentionMask
+from .packing import SHORT, Group, pack_sequences
+from .tiles import Strip, strips_of
+
+STRIP_KEYS = 1024
+"""Most keys of a strip: a tile row of 128 by 1024 float32 fills half of an EPYC core's second cache."""
+NUM_REMEMBERED = 4
+"""Batches whose plans are kept: layers may attend in a few different ways to the same one."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """What the time bias looks at."""
+
+    queries: Tensor
+    """`[T]` int64."""
+    keys: Tensor
+    """`[T]` int64."""
+    thresholds: Tensor
+    """From which elapsed time on each bucket counts."""
+
+
+class GroupPlan:
+    """How to compute the scores of a group, strip by strip."""
+
+    def __init__(self, group: Group, mask: AttentionMask, history_ends: list[int], times: Times | None) -> None:
+        self.group, self.mask, self.history_ends, self.times = group, mask, history_ends, times
+        self._visible: dict[tuple[object, ...], Tensor] = {}
+        self._buckets: dict[tuple[int, int], Tensor] = {}
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the group's matrices are multiplied together, not one by one."""
+        return self.group.length <= SHORT
+
+    @cached_property
+    def strips(self) -> list[list[Strip]]:
+        """All strips in which some sequence of the group sees something; those of the same queries together."""
+        length = self.group.length
+        tile = _tile_of(length, self.mask)
+        strips = strips_of(self.mask, length, self.history_ends, tile=tile, most_keys=STRIP_KEYS)
+        return [list(row) for _, row in groupby(strips, key=lambda strip: strip.rows.start)]
+
+    def hide_(self, strip: Strip, x_MRC: Tensor) -> Tensor:
+        """Set to zero, in place, what the mask hides."""
+        for keys in strip.masked:
+            part = x_MRC[..., keys.start - strip.keys.start : keys.stop - strip.keys.start]
+            visible = self._visible_part(strip.rows, keys, x_MRC.dtype)
+            if len(visible) == 1:
+                part.mul_(visible)
+            else:
+                part.view(len(visible), -1, *part.shape[1:]).mul_(visible[:, None])
+        return x_MRC
+
+    def buckets(self, strip: Strip) -> Tensor | None:
+        """The time bucket of every score of a strip, int32 `[G, R, C]`; None without a time bias."""
+        if self.times is None:
+            return None
+        if not self.is_short:
+            return self._compute_buckets(strip)
+        place = (strip.rows.start, strip.keys.start)
+        if place not in self._buckets:
+            # A byte holds the number of any bucket; a short sequence has at most 256 of them per event.
+            self._buckets[place] = self._compute_buckets(strip).to(torch.uint8)
+        return self._buckets[place].to(torch.int32)
+
+    def _compute_buckets(self, strip: Strip) -> Tensor:
+        assert self.times is not None
+        queries = self.times.queries[self.group.tokens_GL[:, strip.rows]]
+        keys = self.times.keys[self.group.tokens_GL[:, strip.keys]]
+        return time_buckets((queries[:, :, None] - keys[:, None, :]).abs_(), self.times.thresholds)
+
+    def _visible_part(self, rows: slice, keys: slice, dtype: torch.dtype) -> Tensor:
+        """1 where a query sees a key, else 0, `[1 or G, R, C]`; kept, as heads, layers and the backward ask again."""
+        place: tuple[object, ...] = (dtype, rows.start, rows.stop, keys.start, keys.stop)
+        depends_on_place = not self.mask.is_alike_along(rows, keys, min(self.history_ends))
+        if not depends_on_place:
+            place = (dtype, rows.start - keys.start, rows.stop - keys.start, keys.stop - keys.start)
+        if place not in self._visible:
+            device = self.group.tokens_GL.device
+            row = torch.arange(rows.start, rows.stop, device=device)[:, None]
+            key = torch.arange(keys.start, keys.stop, device=device)
+            ends = self.history_ends if depends_on_place else self.history_ends[:1]
+            end = torch.tensor(ends, device=device)[:, None, None]
+            self._visible[place] = self.mask.visible(row, key, end).to(dtype)
+        return self._visible[place]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All that a plan depends on, by value."""
+
+    offsets: Tensor
+    num_targets: Tensor | None
+    timestamps: Tensor | None
+    query_timestamps: Tensor | None
+    num_buckets: int
+    num_heads: int
+    max_seq_len: int
+    num_events: int
+    mask: AttentionMask
+    device: torch.device
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What may change in place."""
+        return self.offsets, self.num_targets, self.timestamps, self.query_timestamps
+
+    def settings(self) -> tuple[object, ...]:
+        """What cannot."""
+        return self.num_buckets, self.num_heads, self.max_seq_len, self.num_events, self.mask, self.device
+
+    def copy(self) -> "Batch":
+        """The same values in memory of its own."""
+        return replace(
+            self,
+            offsets=self.offsets.clone(),
+            num_targets=_copy(self.num_targets),
+            timestamps=_copy(self.timestamps),
+            query_timestamps=_copy(self.query_timestamps),
+        )
+
+    def equals(self, other: "Batch") -> bool:
+        """Whether all values are the same."""
+        same = self.settings() == other.settings()
+        return same and all(_same(a, b) for a, b in zip(self.tensors(), other.tensors(), strict=True))
+
+
+def plan_of(batch: Batch) -> list[GroupPlan]:
+    """The plans of the groups of a batch, longest sequences first; those made before, if still remembered.
+
+    Raises:
+        ValueError: offsets or num_targets do not describe the batch.
+    """
+    for known, plan in _remembered:
+        if known.equals(batch):
+            return plan
+    batch = batch.copy()
+    plan = _make(batch)
+    _remembered.insert(0, (batch, plan))
+    del _remembered[NUM_REMEMBERED:]
+    return plan
+
+
+_remembered: list[tuple[Batch, list[GroupPlan]]] = []
+
+
+def _make(batch: Batch) -> list[GroupPlan]:
+    bounds, targets = check_values(
+        batch.offsets, batch.num_targets, num_events=batch.num_events, max_seq_len=batch.max_seq_len
+    )
+    times = None
+    if batch.num_buckets and batch.timestamps is not None:
+        queries = batch.timestamps if batch.query_timestamps is None else batch.query_timestamps
+        times = Times(queries, batch.timestamps, bucket_thresholds(batch.num_buckets, batch.device))
+    plans = []
+    for group in pack_sequences(bounds, num_heads=batch.num_heads, device=batch.device):
+        ends = [batch.mask.history_end(bounds[b + 1] - bounds[b], targets[b]) for b in group.sequences]
+        if batch.num_targets is None and not batch.mask.depends_on_history_end:
+            ends = [group.length]
+        plans.append(GroupPlan(group, batch.mask, ends, times))
+    return plans
+
+
+def _tile_of(length: int, mask: AttentionMask) -> int:
+    """How many queries, and keys, a tile has: the smaller, the fewer hidden scores are computed along the edges."""
+    if length <= SHORT:
+        most = 64
+    elif min(length, mask.window or length) < 4096:
+        most = 128
+    else:
+        most = 256
+    # As equal as can be, in whole vectors of 16 floats.
+    return -(-length // -(-length // most) // 16) * 16 if length > most else length
+
+
+def _copy(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.clone()
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype is b.dtype and a.shape == b.shape and a.device == b.device and torch.equal(a, b)
