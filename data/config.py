@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MOST_REPLICATED_VALUES = 1_000_000
+
 
 class FeatureConfig(BaseModel):
     """One further column of the prepared dataset that the model reads.
@@ -16,7 +18,7 @@ class FeatureConfig(BaseModel):
     `hash`: 1 + a 64-bit mix of the integer modulo num_values, for id spaces without a vocabulary.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     kind: Literal["category", "bucket", "hash"]
     role: Literal["event", "outcome", "user"]
@@ -26,17 +28,26 @@ class FeatureConfig(BaseModel):
     per_octave: float = Field(default=1.0, gt=0)
     """Buckets per doubling of the value; `bucket` only."""
 
+    @model_validator(mode="after")
+    def _fits_every_rank(self) -> FeatureConfig:
+        if self.kind != "hash" and self.num_values > MOST_REPLICATED_VALUES:
+            raise ValueError(
+                f"num_values={self.num_values} with kind={self.kind!r}: every rank holds such a table, which may have "
+                f"{MOST_REPLICATED_VALUES:,} values; use kind='hash', whose table is sharded"
+            )
+        return self
+
 
 class DataConfig(BaseModel):
     """The `data` section."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     path: str
     """Folder of a prepared dataset (`ultrarec prepare`)."""
     features: dict[str, FeatureConfig] = {}
     """Columns read beside items, timestamps and actions, by name. `user_id` may be read as a `user` feature."""
-    max_history: int = Field(default=200, gt=0)
+    max_history: int = Field(default=200, gt=0, le=2**20)
     """Newest events of a user that a sample keeps in front of its targets. Ranking reads of them what is earlier than
     the first target: a record that the log repeats under one timestamp would give the label away."""
     targets_per_sample: int = Field(default=1, gt=0)

@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The command line prints the text alone and exits with status 2.
     """
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts, for messages: "1 row", "2,000 rows"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -10,14 +10,16 @@ import argparse
 import errno
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 
-from .errors import UserError
+from .errors import UserError, counted
 from .preparation.options import PrepareOptions
 from .schema import DatasetInfo, Roles
 
@@ -37,7 +39,7 @@ def prepare(options: PrepareOptions, *, report: Report = lambda line: None) -> D
     from .preparation import sources, split, staging, writing
 
     log = sources.find_log(options)
-    report(f"log: {len(log.paths)} {log.format} file{'s' * (len(log.paths) > 1)}, {log.num_bytes / 1e6:,.1f} MB")
+    report(f"log: {counted(len(log.paths), f'{log.format} file')}, {log.num_bytes / 1e6:,.1f} MB")
     with _temporary_beside(options.out) as folder:
         work, root = folder / "work", folder / "dataset"
         work.mkdir()
@@ -63,21 +65,23 @@ def prepare(options: PrepareOptions, *, report: Report = lambda line: None) -> D
         )
         info.write()
         root.rename(options.out)
-    report(f"{options.out}: {counts.users:,} users, {counts.events:,} events, {counts.items:,} items")
+    totals = counted(counts.users, "user"), counted(counts.events, "event"), counted(counts.items, "item")
+    report(f"{options.out}: {', '.join(totals)}")
     return replace(info, root=options.out)
 
 
 @contextmanager
 def _temporary_beside(out: Path) -> Iterator[Path]:
     """A folder on the file system of `out`, removed at the end whatever happens."""
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):  # unlike Path.exists, it takes a name of any length
         raise UserError(f"--out {out} exists already; nothing is overwritten: give a new folder, or remove that one")
     folder = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    new_parents = [parent for parent in folder.parents if not parent.exists()]
+    new_parents = [parent for parent in folder.parents if not os.path.lexists(parent)]
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"--out {out}: {folder} cannot be made ({error.strerror}); give a writable place") from error
+        _remove_empty(new_parents)
+        raise UserError(f"--out {out}: {folder} cannot be made ({error.strerror}); give another place") from error
     try:
         yield folder
     except Exception as error:
@@ -89,9 +93,28 @@ def _temporary_beside(out: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        for parent in new_parents:
-            with suppress(OSError):  # not empty: the dataset is complete
-                parent.rmdir()
+        _remove_empty(new_parents)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove what is empty, innermost first; a folder that holds the complete dataset stays."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+@contextmanager
+def _termination_as_interruption() -> Iterator[None]:
+    """Let SIGTERM, as job schedulers and `kill` send it, end the work as Ctrl-C does: cleaned up."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,5 +166,7 @@ def options_of(args: argparse.Namespace) -> PrepareOptions:
 
 def run(args: argparse.Namespace) -> int:
     """The `prepare` subcommand; returns the exit status. UserError is left to the command line to print."""
-    prepare(options_of(args), report=lambda line: print(line, file=sys.stderr, flush=True))
+    options = options_of(args)
+    with _termination_as_interruption():
+        prepare(options, report=lambda line: print(line, file=sys.stderr, flush=True))
     return 0

@@ -13,6 +13,7 @@ Declared columns may hold nulls: where the log does, and, per user, where a user
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -68,6 +69,8 @@ class Vocabulary:
 
     size: int
     path: str
+    sha256: str
+    """Checksum of the file, in hex."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +108,8 @@ class HistoryFile:
     rows: int
     row_groups: int
     bytes: int
+    sha256: str
+    """Checksum of the file, in hex."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +139,18 @@ class DatasetInfo:
     def num_items(self) -> int:
         """Size of the item vocabulary; an item table needs num_items + 1 rows, row 0 for unknown items."""
         return self.vocabularies["items"].size
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that tell datasets apart by their content, wherever they lie and whatever they were made from.
+
+        Equal for one log prepared twice with the same options and libraries; another id of an item, another order of
+        the actions or another split change it.
+        """
+        names = ("roles", "columns", "split", "vocabularies", "counts", "files")
+        content = {name: value for name, value in dataclasses.asdict(self).items() if name in names}
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     @property
     def history_paths(self) -> list[Path]:
@@ -188,6 +205,12 @@ class DatasetInfo:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file, in hex; reads it in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_json(root: Path) -> dict[str, Any]:

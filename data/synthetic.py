@@ -22,6 +22,7 @@ from .schema import (
     Roles,
     Split,
     Vocabulary,
+    file_sha256,
 )
 
 ACTIONS = ("is_click", "long_view")
@@ -77,6 +78,7 @@ def write_dataset(
                 rows=end - begin,
                 row_groups=pq.read_metadata(path).num_row_groups,
                 bytes=path.stat().st_size,
+                sha256=file_sha256(path),
             )
         )
     ids = np.arange(1, num_items + 1)
@@ -110,7 +112,7 @@ def _info(root: Path, histories: pa.Table, num_items: int, files: tuple[HistoryF
         root=root,
         roles=Roles(user="user_id", item="item_id", time="timestamp", actions=ACTIONS),
         columns={field.name: _declared(field.type) for field in histories.schema if field.name not in BUILT_IN_COLUMNS},
-        vocabularies={"items": Vocabulary(size=num_items, path=ITEMS_FILE)},
+        vocabularies={"items": Vocabulary(size=num_items, path=ITEMS_FILE, sha256=file_sha256(root / ITEMS_FILE))},
         counts=counts,
         split=Split(kind="split_time", time=_SPLIT_TIME),
         files=files,

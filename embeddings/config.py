@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+MomentDecay = Annotated[float, Field(ge=0, lt=1)]
 Sharding = Literal["auto", "row_wise", "table_wise", "column_wise"]
 
 
 class EmbeddingOptimizerConfig(BaseModel):
     """The optimizer fused into the tables' backward pass."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     kind: Literal["rowwise_adagrad", "adam"] = "rowwise_adagrad"
     lr: float = Field(default=0.01, gt=0)
     eps: float = Field(default=1e-8, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[MomentDecay, MomentDecay] = (0.9, 0.999)
     """First and second moment decay; `adam` only."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Share of a row, times the learning rate, that each update of the row takes away; rows not looked up keep it."""
@@ -26,9 +27,9 @@ class EmbeddingOptimizerConfig(BaseModel):
 class EmbeddingsConfig(BaseModel):
     """The `embeddings` section."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    dim: int = Field(gt=0)
+    dim: int = Field(gt=0, le=2**16)
     """Columns of every table. Stored rows are padded to a multiple of 4, the width of one fbgemm vector load."""
     init_std: float = Field(default=0.02, gt=0)
     sharding: dict[str, Sharding] = {}

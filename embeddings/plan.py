@@ -66,8 +66,9 @@ def make_plan(
     try:
         return planner.collective_plan(module, [sharder], dist.group.WORLD), sharder
     except Exception as error:  # the planner's PlannerError carries a page of figures; keep its first line
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
         raise UserError(
-            f"no sharding plan fits {dist.get_world_size()} rank(s): {str(error).strip().splitlines()[0]}; "
+            f"no sharding plan fits {dist.get_world_size()} rank(s): {reason}; "
             "add ranks, lower embeddings.dim, or change embeddings.sharding / embeddings.hbm_gib"
         ) from error
 

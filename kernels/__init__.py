@@ -1,5 +1,8 @@
 """The fused operations of ultrarec: each has its definition, and an implementation per kind of device."""
 
+from .dropout import new_seed
+from .gated_output import gated_output
 from .hstu_attention import AttentionMask, RelativeBias, hstu_attention
+from .norm_uvqk import norm_uvqk
 
-__all__ = ["AttentionMask", "RelativeBias", "hstu_attention"]
+__all__ = ["AttentionMask", "RelativeBias", "gated_output", "hstu_attention", "new_seed", "norm_uvqk"]

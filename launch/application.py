@@ -56,6 +56,28 @@ class Size:
         return size
 
 
+def require_enough(config: Config, size: Size, scheduler: str) -> None:
+    """Refuse a `launch` section that starves its processes: a cluster gives a node just what the section asks for.
+
+    Raises:
+        UserError: no GPUs although the run may use them, or fewer CPUs than processes.
+    """
+    launch = config.launch
+    faults = []
+    if launch.gpus_per_node == 0 and config.trainer.device != "cpu":
+        faults.append(
+            f"launch.gpus_per_node=0, but trainer.device={config.trainer.device} wants one GPU per process: "
+            f"--set launch.gpus_per_node={size.procs}, or --set trainer.device=cpu to train without"
+        )
+    if launch.cpus_per_node < size.procs:
+        faults.append(
+            f"launch.cpus_per_node={launch.cpus_per_node}, but each process wants at least one CPU: "
+            f"--set launch.cpus_per_node={size.procs}, or more"
+        )
+    if faults:
+        raise UserError(f"{size.procs} process(es) on a node of {scheduler}: {'; '.join(faults)}")
+
+
 def default_out(recipe: str) -> str:
     """The run folder of a recipe when none is given."""
     return f"runs/{Path(recipe).stem}"

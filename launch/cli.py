@@ -108,7 +108,7 @@ The same command again continues the run from its newest complete checkpoint."""
         """\
   ultrarec launch hstu_kuairand_sample --scheduler local_cwd -j 1x2
   ultrarec launch my_run.toml --scheduler slurm -j 4x8 --scheduler-arg partition=gpu --out /shared/runs/my_run
-  ultrarec launch hstu_kuairand_sample --scheduler kubernetes -j 2x8 --dryrun""",
+  ultrarec launch hstu_kuairand_1k --scheduler kubernetes -j 2x8 --dryrun""",
     ),
     "checkpoint": Command(
         checkpoint,

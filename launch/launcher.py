@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
     out = args.out or application.default_out(args.recipe)
     size = application.Size.of(config, args.size)
+    if args.scheduler != "local_cwd":
+        application.require_enough(config, size, args.scheduler)
     app = application.build(
         config,
         recipe=args.recipe,
@@ -84,9 +86,11 @@ def run(args: argparse.Namespace) -> int:
         options = _scheduler_options(runner, args.scheduler, args.scheduler_arg)
         if args.scheduler == "local_cwd":
             local.prepare(app, size)
-            options = {**local.options(app, Path(out)), **options}
+            options = {**local.options(Path(out)), **options}
         with _warnings_as_notes():
             request = runner.dryrun(app, args.scheduler, options)
+        if args.scheduler == "local_cwd":
+            local.divide_gpus(request, local.gpus_for(config.trainer.device), size)
         if args.dryrun:
             print(request)
             return 0
@@ -106,7 +110,9 @@ def _require_client(scheduler: str, *, dryrun: bool) -> None:
     if scheduler == "aws_batch" and dryrun:  # TorchX writes this request without the client
         return
     if module and find_spec(module) is None:
-        raise UserError(f"scheduler {scheduler} needs the Python package {module}: pip install 'ultrarec[{scheduler}]'")
+        raise UserError(
+            f"scheduler {scheduler} needs the Python package {module}: pip install '.[{scheduler}]' in the checkout"
+        )
 
 
 def _scheduler_options(runner: Runner, scheduler: str, arguments: Sequence[str]) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,15 +42,56 @@ def free_port() -> int:
 
 
 def prepare(app: AppDef, size: application.Size) -> None:
-    """Divide this machine's cores among all processes, whatever a node of the recipe has; the user's own value wins."""
+    """Fit the node to this machine, whatever one of the recipe has: cores by process, no GPUs for TorchX to hand out.
+
+    The user's own OMP_NUM_THREADS wins. GPUs are handed out by `divide_gpus`: TorchX would number them from 0, whatever
+    CUDA_VISIBLE_DEVICES says, and let the nodes share all of them when the recipe asks for more than there are.
+    """
     cores = len(os.sched_getaffinity(0))
     threads = str(max(1, cores // (size.nodes * size.procs)))
     app.roles[0].env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
+    app.roles[0].resource.gpu = 0
 
 
-def options(app: AppDef, out: Path) -> dict[str, Any]:
-    """Options for TorchX's local scheduler: logs in the run folder, the machine's GPUs divided among its nodes."""
-    return {"log_dir": str(out / "logs"), "auto_set_cuda_visible_devices": app.roles[0].resource.gpu > 0}
+def options(out: Path) -> dict[str, Any]:
+    """Options for TorchX's local scheduler: logs in the run folder."""
+    return {"log_dir": str(out / "logs")}
+
+
+def gpus_for(device: str) -> list[str]:
+    """This machine's GPUs for a run with that `trainer.device`, as CUDA_VISIBLE_DEVICES names them; its value wins."""
+    if device == "cpu":
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return [str(index) for index in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
+
+
+def gpu_shares(gpus: Sequence[str], size: application.Size) -> list[Sequence[str]]:
+    """The GPUs of each node: one per process, none twice; no shares at all on a machine without GPUs.
+
+    Raises:
+        UserError: there are GPUs, but fewer than processes.
+    """
+    if not gpus:
+        return []
+    if len(gpus) < size.nodes * size.procs:
+        raise UserError(
+            f"-j {size.nodes}x{size.procs}, but {len(gpus)} GPU(s) on this machine: each process owns one GPU; "
+            f"use -j 1x{len(gpus)}, or --set trainer.device=cpu to train without"
+        )
+    return [gpus[node * size.procs : (node + 1) * size.procs] for node in range(size.nodes)]
+
+
+def divide_gpus(request: Any, gpus: Sequence[str], size: application.Size) -> None:
+    """Let each node of a dry-run request see its own share of the GPUs only, as if it were a machine of its own."""
+    nodes = request.request.role_params[application.ROLE]
+    for node, share in zip(nodes, gpu_shares(gpus, size), strict=False):  # no shares: nothing to set
+        node.env["CUDA_VISIBLE_DEVICES"] = ",".join(share)
 
 
 def run(runner: Runner, request: Any, *, out: Path, size: application.Size) -> int:
@@ -128,7 +171,8 @@ class _FirstRank:
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs
-        self._sinks = {"stdout.log": sys.stdout, "stderr.log": sys.stderr}
+        # Stdout last: what ends a run, such as its table of metrics, stays the last thing on the screen.
+        self._sinks = {"stderr.log": sys.stderr, "stdout.log": sys.stdout}
         self._files: dict[str, BinaryIO] = {}
 
     def show(self) -> None:

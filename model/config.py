@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MOST_COLUMNS = 2**16
 
 
 class ModelConfig(BaseModel):
     """The `model` section. The defaults are the layer of the HSTU paper (arXiv 2402.17152, section 3)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    width: int = Field(gt=0)
+    width: int = Field(gt=0, le=MOST_COLUMNS)
     """E, the width of a token inside the stack."""
-    num_layers: int = Field(gt=0)
-    num_heads: int = Field(default=1, gt=0)
-    qk_dim: int = Field(gt=0)
+    num_layers: int = Field(gt=0, le=1024)
+    num_heads: int = Field(default=1, gt=0, le=1024)
+    qk_dim: int = Field(gt=0, le=MOST_COLUMNS)
     """Columns of q and k per head."""
-    value_dim: int = Field(gt=0)
+    value_dim: int = Field(gt=0, le=MOST_COLUMNS)
     """Columns of u and v per head."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """On the input tokens and before every output projection."""
@@ -44,7 +46,10 @@ class ModelConfig(BaseModel):
     """Learned vector per bucket of the time from an event to the request, added to the input (ranking only)."""
     time_unit: float = Field(default=1.0, gt=0)
     """Seconds per unit of the log's timestamps: 0.001 for milliseconds. Read by `time_encoding`."""
-    token_hidden: int | None = Field(default=None, gt=0)
+    rematerialize: bool = False
+    """Keep of each layer its input, its attention output and statistics, and compute u, v, q and k again in the
+    backward pass: less memory for one more projection; the results are the same bit for bit."""
+    token_hidden: int | None = Field(default=None, gt=0, le=MOST_COLUMNS)
     """Hidden width of the MLPs that make a token from item, features and actions; without it embeddings are summed,
     which needs embeddings.dim == model.width."""
 
@@ -52,14 +57,14 @@ class ModelConfig(BaseModel):
 class ObjectiveConfig(BaseModel):
     """The `objective` section."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     kind: Literal["ranking", "next_item"]
     tasks: tuple[str, ...] = ()
     """Ranking: names of the dataset's actions to predict, each a binary task."""
-    task_weights: tuple[float, ...] = ()
+    task_weights: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Ranking: weight of each task's loss; all 1 when empty."""
-    head_hidden: int = Field(default=128, gt=0)
+    head_hidden: int = Field(default=128, gt=0, le=MOST_COLUMNS)
     """Ranking: hidden width of the prediction head."""
     loss: Literal["auto", "sampled_softmax", "full_softmax"] = "auto"
     """Next item: `auto` takes the full softmax up to `full_softmax_items` items."""
@@ -79,6 +84,8 @@ class ObjectiveConfig(BaseModel):
             raise ValueError(
                 f"objective.tasks={list(self.tasks)} belongs to kind='ranking'; remove it for kind='next_item'"
             )
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"objective.tasks={list(self.tasks)} names a task twice; name each once")
         if self.task_weights and len(self.task_weights) != len(self.tasks):
             raise ValueError(
                 f"objective.task_weights has {len(self.task_weights)} values for {len(self.tasks)} tasks; "

@@ -14,12 +14,12 @@ u only, learns the norms' scales, scales by 1/sqrt(D_qk), and projects [u, a, no
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import AttentionMask, RelativeBias, hstu_attention
+from ..kernels import AttentionMask, RelativeBias, gated_output, hstu_attention, new_seed, norm_uvqk
 from .config import ModelConfig
-from .layers import LayerNorm, full_precision, linear
+from .layers import NORM_EPS, LayerNorm, full_precision, linear
+from .rematerialize import rematerialized
 
 BIAS_STD = 0.02
 NUM_TIME_BUCKETS = 128
@@ -61,26 +61,26 @@ class RelativeBiasWeights(nn.Module):
 
 
 class AttentionNorm(nn.Module):
-    """Norm of the attention output, over all heads together or over each alone.
+    """The parameters of the norm of the attention output, over all heads together or over each alone.
 
     The affine form has a scale and shift per column over all heads, or per head alone, as published.
     """
 
     def __init__(self, *, num_heads: int, value_dim: int, per_head: bool, affine: bool) -> None:
         super().__init__()
-        self.per_head = per_head
-        self.norm = LayerNorm(value_dim if per_head else num_heads * value_dim, affine=affine and not per_head)
+        self.value_dim = value_dim
+        self.norm = LayerNorm(num_heads * value_dim, affine=affine and not per_head)
         self.head_weight = nn.Parameter(torch.ones(num_heads, 1)) if affine and per_head else None
         self.head_bias = nn.Parameter(torch.zeros(num_heads, 1)) if affine and per_head else None
 
-    def forward(self, a_SHD: Tensor) -> Tensor:
-        """Normalise [S, H, D]; returns [S, H * D]."""
-        if not self.per_head:
-            return self.norm(a_SHD.flatten(1))
-        normed_SHD = self.norm(a_SHD)
-        if self.head_weight is not None and self.head_bias is not None:
-            normed_SHD = normed_SHD * self.head_weight + self.head_bias
-        return normed_SHD.flatten(1)
+    def by_column(self) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and shift [H * D], if there are any."""
+        if self.head_weight is None or self.head_bias is None:
+            return self.norm.weight, self.norm.bias
+        return (
+            self.head_weight.expand(-1, self.value_dim).flatten(),
+            self.head_bias.expand(-1, self.value_dim).flatten(),
+        )
 
 
 class HSTULayer(nn.Module):
@@ -91,11 +91,14 @@ class HSTULayer(nn.Module):
         self.max_seq_len = max_seq_len
         self.mask = mask
         self.num_heads = config.num_heads
-        self.activate_all = config.activation == "uvqk"
         self.concat = config.gating == "concat"
+        self.norm_per_head = config.norm == "group_norm"
+        self.dropout = config.dropout
+        self.rematerialize = config.rematerialize
         self.alpha = 1.0 if config.attention_alpha == "one" else config.qk_dim**-0.5
         value_width = config.num_heads * config.value_dim
         self.widths = [value_width, value_width, config.num_heads * config.qk_dim, config.num_heads * config.qk_dim]
+        self.num_activated = sum(self.widths) if config.activation == "uvqk" else value_width
 
         self.norm_input = LayerNorm(config.width, affine=config.norm_affine)
         self.uvqk = linear(config.width, sum(self.widths), bias=config.projection_bias)
@@ -107,15 +110,21 @@ class HSTULayer(nn.Module):
         self.norm_attention = AttentionNorm(
             num_heads=config.num_heads,
             value_dim=config.value_dim,
-            per_head=config.norm == "group_norm",
+            per_head=self.norm_per_head,
             affine=config.norm_affine,
         )
-        self.dropout = nn.Dropout(config.dropout)
         # As published: the concatenating form has no output bias.
         self.output = linear(value_width * (3 if self.concat else 1), config.width, bias=not self.concat)
 
     def forward(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
         """Tokens [S, E] to tokens [S, E]."""
+        seed = new_seed(x_SE.device) if self.training and self.dropout else None
+        if self.rematerialize and torch.is_grad_enabled():
+            return rematerialized(self.attend, x_SE, sequences, seed)
+        return self.attend(x_SE, sequences, seed)
+
+    def attend(self, x_SE: Tensor, sequences: Sequences, seed: Tensor | None) -> Tensor:
+        """The layer's equations, without any state; `seed` says what dropout drops, None that it drops nothing."""
         u_SV, v_SHD, q_SHD, k_SHD = self.project(x_SE)
         a_SHD = hstu_attention(
             q_SHD,
@@ -128,27 +137,40 @@ class HSTULayer(nn.Module):
             mask=self.mask,
             bias=None if self.bias is None else self.bias(sequences),
         )
-        return x_SE + self.output(self.dropout(self.gate(u_SV, a_SHD)))
+        return self.gate(u_SV, a_SHD, x_SE, seed)
 
     def project(self, x_SE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The gate u [S, H * D], and v, q, k [S, H, D], activated as configured."""
-        uvqk = self.uvqk(self.norm_input(x_SE))
-        if self.activate_all:
-            uvqk = F.silu(uvqk)
-        u_SV, v_SV, q_SK, k_SK = uvqk.split(self.widths, dim=-1)
-        if not self.activate_all:
-            u_SV = F.silu(u_SV)
-        v_SHD, q_SHD, k_SHD = (
-            x.unflatten(1, (self.num_heads, x.shape[1] // self.num_heads)) for x in (v_SV, q_SK, k_SK)
+        uvqk = norm_uvqk(
+            x_SE,
+            self.uvqk.weight,
+            bias_N=self.uvqk.bias,
+            norm_weight_E=self.norm_input.weight,
+            norm_bias_E=self.norm_input.bias,
+            num_activated=self.num_activated,
+            eps=NORM_EPS,
         )
+        u_SV, v_SV, q_SK, k_SK = torch.split(uvqk, self.widths, dim=-1)
+        v_SHD, q_SHD, k_SHD = (x.view(len(x), self.num_heads, x.shape[1] // self.num_heads) for x in (v_SV, q_SK, k_SK))
         return u_SV, v_SHD, q_SHD, k_SHD
 
-    def gate(self, u_SV: Tensor, a_SHD: Tensor) -> Tensor:
-        """What the output projection reads."""
-        gated_SV = u_SV * self.norm_attention(a_SHD)
-        if not self.concat:
-            return gated_SV
-        return torch.cat([u_SV, a_SHD.flatten(1), gated_SV], dim=-1)
+    def gate(self, u_SV: Tensor, a_SHD: Tensor, x_SE: Tensor, seed: Tensor | None) -> Tensor:
+        """Gate the attention, project it, and add it to the tokens."""
+        norm_weight_V, norm_bias_V = self.norm_attention.by_column()
+        return gated_output(
+            u_SV,
+            a_SHD,
+            x_SE,
+            self.output.weight,
+            bias_E=self.output.bias,
+            norm_weight_V=norm_weight_V,
+            norm_bias_V=norm_bias_V,
+            per_head=self.norm_per_head,
+            concat=self.concat,
+            dropout=self.dropout,
+            seed=seed,
+            eps=NORM_EPS,
+        )
 
 
 class HSTUStack(nn.Module):

@@ -24,7 +24,7 @@ TIMEOUT_SECONDS = 90
 def run_ranks(function: Callable[..., Any], *args: Any, world_size: int) -> list[Any]:
     """`function(*args)` on every rank of a new group; the results in rank order.
 
-    `function` is a module-level function of a test file. The first failure of a rank is raised with its traceback.
+    `function` is a module-level function of a test file. The tracebacks of all ranks that fail are raised together.
     """
     with tempfile.TemporaryDirectory() as folder:
         pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
@@ -38,23 +38,25 @@ def run_ranks(function: Callable[..., Any], *args: Any, world_size: int) -> list
         for _, sender in pipes:
             sender.close()
         try:
-            return [_result(receiver) for receiver, _ in pipes]
+            results = [_result(receiver) for receiver, _ in pipes]
         finally:
             for process in processes:
                 process.kill()
                 process.join()
+    failures = [value for ok, value in results if not ok]
+    if failures:
+        raise RuntimeError("\n".join(failures))
+    return [value for _, value in results]
 
 
-def _result(receiver: Connection) -> Any:
+def _result(receiver: Connection) -> tuple[bool, Any]:
+    """Whether a rank succeeded, and its result or traceback."""
     if not receiver.poll(TIMEOUT_SECONDS):
-        raise TimeoutError(f"a rank gave no result within {TIMEOUT_SECONDS} s")
+        return False, f"a rank gave no result within {TIMEOUT_SECONDS} s"
     try:
-        ok, value = receiver.recv()
+        return receiver.recv()
     except EOFError:
-        raise RuntimeError("a rank died without a result") from None
-    if not ok:
-        raise RuntimeError(value)
-    return value
+        return False, "a rank died without a result"
 
 
 def _rank(where: tuple[str, str], args: Any, rank: int, world_size: int, store: str, sender: Connection) -> None:

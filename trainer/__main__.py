@@ -36,14 +36,19 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path("runs") / Path(args.recipe).stem
     silence()
     # Heavy imports wait until the configuration is known to be good.
+    from .health import NotFiniteError
     from .loop import train
     from .parallel import join
     from .run import open_run
     from .summary import summary
 
     with join(config.trainer) as world:
-        with open_run(config, out, world, fresh=args.fresh) as opened:
-            train(opened)
+        try:
+            with open_run(config, out, world, fresh=args.fresh) as opened:
+                train(opened)
+        except NotFiniteError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         if world.is_main:
             print(summary(out), flush=True)
     return 0
@@ -57,10 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(parser.parse_args(argv))
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            # Every rank finds the same fault, and rank 0 says so; torchrun ends all ranks as soon as one has ended.
+            # Mostly every rank finds the same fault; torchrun ends them all once rank 0 has said it and ended.
             time.sleep(SECONDS_FOR_RANK_0)
-        else:
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
 
 

@@ -29,6 +29,7 @@ from ..data.loader import LoaderState
 from .manifest import (
     MANIFEST,
     Manifest,
+    Position,
     all_checkpoints,
     checkpoint_folder,
     complete_checkpoints,
@@ -64,7 +65,7 @@ class Trainable:
         }
 
 
-def save(trainable: Trainable, out: Path, *, world: World, config_hash: str, keep_last: int) -> None:
+def save(trainable: Trainable, out: Path, *, world: World, config_hash: str, dataset: str, keep_last: int) -> None:
     """Write the checkpoint of the current step; when this returns, it is complete on every rank."""
     state = trainable.state
     folder = checkpoint_folder(out, state.step)
@@ -80,10 +81,11 @@ def save(trainable: Trainable, out: Path, *, world: World, config_hash: str, kee
             step=state.step,
             batches=state.batches,
             world_size=world.size,
-            loader=state.loader.to_dict(),
+            loader=Position(state.loader.epoch, state.loader.consumed),
             files=[file_record(folder / ".metadata"), *(record for part in records for record in part)],
             versions={name: version(name) for name in VERSIONED},
             config_hash=config_hash,
+            dataset=dataset,
         ).write(folder)
         retain(out, keep_last=keep_last)
     dist.barrier()
@@ -116,7 +118,7 @@ def load(trainable: Trainable, folder: Path, *, world: World) -> Manifest:
     _fill(trainable.tensors(), folder)
     state = trainable.state
     state.step, state.batches = manifest.step, manifest.batches
-    state.loader = LoaderState.from_dict(manifest.loader)
+    state.loader = LoaderState(manifest.loader.epoch, manifest.loader.consumed)
     # fbgemm counts updates for Adam's bias correction outside its state.
     trainable.optimizer.sparse.set_optimizer_step(manifest.batches)
     state.load_rank_states(_rank_states(folder, manifest.world_size), rank=world.rank, world_size=world.size)
@@ -139,7 +141,7 @@ def _fill(tensors: dict[str, Any], folder: Path) -> None:
     try:
         state_dict_loader.load(tensors, checkpoint_id=folder)
     except (Exception, CheckpointException) as error:  # torch derives the latter from BaseException
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise UserError(
             f"checkpoint {folder} does not fit this run: {reason}; it was written for other tables or another model"
         ) from error

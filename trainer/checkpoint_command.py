@@ -38,8 +38,8 @@ def list_checkpoints(path: Path) -> int:
             print(f"{step_of(folder) or 0:>10}  {'':>5}  {'':>5}  {'incomplete':>14}  {folder}")
             continue
         manifest = Manifest.read(folder)
-        size = sum(record["bytes"] for record in manifest.files)
-        print(f"{manifest.step:>10}  {manifest.loader['epoch']:>5}  {manifest.world_size:>5}  {size:>14,}  {folder}")
+        size = sum(record.bytes for record in manifest.files)
+        print(f"{manifest.step:>10}  {manifest.loader.last_epoch:>5}  {manifest.world_size:>5}  {size:>14,}  {folder}")
     return 0
 
 
@@ -65,7 +65,10 @@ def inspect(path: Path) -> int:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    print(f"{folder}\nstep {manifest.step}, written by {manifest.world_size} rank(s), position {manifest.loader}")
+    print(
+        f"{folder}\nstep {manifest.step}, written by {manifest.world_size} rank(s), "
+        f"continues at sample {manifest.loader.consumed} of epoch {manifest.loader.epoch}, dataset {manifest.dataset}"
+    )
     print(f"configuration {manifest.config_hash}, versions {manifest.versions}\n")
     print(f"{'bytes':>14}  {'shards':>6}  {'type':<10} {'shape':<18} tensor")
     try:

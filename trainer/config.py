@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..data.config import DataConfig
 from ..data.errors import UserError
-from ..embeddings.config import EmbeddingsConfig
+from ..embeddings.config import EmbeddingsConfig, MomentDecay
 from ..model.config import ModelConfig, ObjectiveConfig
 
 if sys.version_info >= (3, 11):
@@ -29,14 +29,14 @@ RECIPES = Path(__file__).parent / "recipes"
 class Section(BaseModel):
     """A frozen section that knows all its names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class OptimizerConfig(Section):
     """The `optimizer` section: AdamW for the dense weights, and the schedule that dense and sparse rates share."""
 
     lr: float = Field(default=1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[MomentDecay, MomentDecay] = (0.9, 0.98)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)
@@ -46,7 +46,7 @@ class OptimizerConfig(Section):
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """Course from the end of the warm-up to the last step."""
     final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Learning rate at the last step over the highest one; for `linear` and `cosine`."""
+    """What `linear` and `cosine` decay to by the end of the run, over the highest learning rate."""
 
 
 class TrainerConfig(Section):
@@ -65,7 +65,7 @@ class TrainerConfig(Section):
     """`bf16` runs the dense forward pass under autocast; weights, norms and losses stay fp32."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of initial weights and dropout."""
-    timeout_seconds: int = Field(default=600, gt=0)
+    timeout_seconds: int = Field(default=600, gt=0, le=7 * 24 * 3600)
     """How long a rank waits for the others before it gives up."""
 
     @model_validator(mode="after")
@@ -81,7 +81,7 @@ class CheckpointConfig(Section):
     every: int | None = Field(default=None, gt=0)
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = Field(default=2, gt=0)
-    """Newest complete checkpoints that are kept."""
+    """Newest complete checkpoints that are kept; `ultrarec evaluate --checkpoint best` chooses among them."""
 
 
 class LaunchConfig(Section):
@@ -207,7 +207,8 @@ def _explain(problem: Any) -> str:
         return f"{place} is missing; set it"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return message
+        # A section's own rules name their settings in full; below it, the place says which feature is meant.
+        return message if len(problem["loc"]) < 2 else f"{place}: {message}"
     return f"{place}={problem['input']!r}: {message[:1].lower()}{message[1:]}"
 
 

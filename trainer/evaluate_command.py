@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..data.errors import UserError
 from .config import Config, load_config
-from .manifest import checkpoint_folder, complete_checkpoints, step_of
+from .manifest import Manifest, checkpoint_folder, complete_checkpoints, step_of
 from .noise import silence
 
 LOWER_IS_BETTER = "ne/"
@@ -18,16 +18,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ultrarec evaluate`."""
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder written by `ultrarec train`")
     parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="override one setting of the run, e.g. data.path or trainer.device; may be repeated",
+    )
+    parser.add_argument(
         "--checkpoint",
         default="latest",
         metavar="STEP|latest|best",
-        help="which checkpoint; best: by validation NE (mean of tasks) or NDCG@10 (default: %(default)s)",
+        help="which checkpoint; best: of those kept, by mean validation NE or by NDCG@10 (default: %(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate every held-out split of the run's dataset and print the metrics; returns the exit code."""
-    config = _config_of(args.run_dir)
+    config = _config_of(args.run_dir, args.set)
     folder = find_checkpoint(args.run_dir, args.checkpoint)
     silence()
     from . import checkpoint
@@ -37,6 +44,12 @@ def run(args: argparse.Namespace) -> int:
     from .summary import describe
 
     info = load_dataset(config)
+    trained_on = Manifest.read(folder).dataset
+    if trained_on != info.fingerprint:
+        raise UserError(
+            f"{folder} was trained on another dataset than {config.data.path} is now (fingerprints {trained_on} and "
+            f"{info.fingerprint}): ids would mean other items; say where its own is with --set data.path=DIR"
+        )
     with join(config.trainer) as world:
         sharded = shard(build_recommender(config, info), config, world)
         manifest = checkpoint.load_weights(sharded.parallel, folder, world=world)
@@ -50,11 +63,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _config_of(run_dir: Path) -> Config:
+def _config_of(run_dir: Path, overrides: list[str]) -> Config:
     path = run_dir / "config.toml"
     if not path.is_file():
         raise UserError(f"{run_dir} is no run folder: it has no config.toml; give the --out of `ultrarec train`")
-    return load_config(str(path))
+    return load_config(str(path), overrides)
 
 
 def find_checkpoint(run_dir: Path, choice: str) -> Path:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from ..data.batch import Batch
@@ -23,6 +24,16 @@ from .step import Step, Trained, train_step
 
 
 @dataclass
+class Meter:
+    """What this rank has trained since the last line of metrics, or since this process began; not part of the state."""
+
+    samples: int = 0
+    tokens: int = 0
+    start: float = field(default_factory=time.monotonic)
+    """Moved on by the time that evaluating and saving take."""
+
+
+@dataclass
 class Run:
     """One run on one rank: its parts, and how far it is."""
 
@@ -36,8 +47,7 @@ class Run:
     total_steps: int
     reporter: Reporter
     audit: Audit | None
-    clock: float
-    """When the time that throughput is measured over began."""
+    meter: Meter = field(default_factory=Meter)
 
     @property
     def state(self) -> TrainState:
@@ -72,12 +82,9 @@ def record(run: Run, step: Step) -> None:
     state.loader = step.trained[-1].batch.state
     for trained in step.trained:
         batch = trained.batch
-        state.window.add(
-            loss_sum=trained.loss_sum,
-            labels=batch.labels.numel(),
-            samples=len(batch.samples),
-            tokens=batch.timestamps.numel(),
-        )
+        state.window.add(loss_sum=trained.loss_sum, labels=batch.labels.numel())
+        run.meter.samples += len(batch.samples)
+        run.meter.tokens += batch.timestamps.numel()
     if run.audit is not None:
         samples = [trained.batch.samples for trained in step.trained]
         run.audit.write(step=state.step, epoch=state.epoch, samples=samples)
@@ -86,8 +93,9 @@ def record(run: Run, step: Step) -> None:
 
 def log(run: Run, step: Step) -> None:
     """Write a line about the steps since the last one, over all ranks."""
-    loss_sum, labels, samples, tokens = sum_over_ranks(run.state.window.totals()).tolist()
-    seconds = time.monotonic() - run.clock
+    loss_sum, labels = sum_over_ranks(run.state.window.totals()).tolist()
+    samples, tokens = sum_over_ranks(torch.tensor([run.meter.samples, run.meter.tokens])).tolist()
+    seconds = time.monotonic() - run.meter.start
     run.reporter.write(
         {
             "step": run.state.step,
@@ -101,7 +109,7 @@ def log(run: Run, step: Step) -> None:
         }
     )
     run.state.window = Window()
-    run.clock = time.monotonic()
+    run.meter = Meter()
 
 
 def evaluate(run: Run, split: Split) -> None:
@@ -114,7 +122,7 @@ def evaluate(run: Run, split: Split) -> None:
     # and lose the sizes of the first on several ranks.
     run.pipeline.attach(sparse_dist=False)
     run.reporter.write({"step": run.state.step, "epoch": run.state.epoch, "split": split, **metrics})
-    run.clock += time.monotonic() - start
+    run.meter.start += time.monotonic() - start
 
 
 def save(run: Run) -> None:
@@ -128,9 +136,10 @@ def save(run: Run) -> None:
         run.out,
         world=run.world,
         config_hash=run.config.training_hash(),
+        dataset=run.evaluator.info.fingerprint,
         keep_last=run.config.checkpoint.keep_last,
     )
-    run.clock += time.monotonic() - start
+    run.meter.start += time.monotonic() - start
 
 
 def finish(run: Run) -> None:

@@ -8,13 +8,37 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from ..data.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file of a checkpoint as it was written."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where in the data the run continues; free of the world size."""
+
+    epoch: int
+    consumed: int
+    """Samples of the epoch trained over all ranks."""
+
+    @property
+    def last_epoch(self) -> int:
+        """Epoch of the last trained sample, from 0."""
+        return max(self.epoch - 1, 0) if self.consumed == 0 else self.epoch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,10 +50,10 @@ class Manifest:
     """Loader batches trained so far."""
     world_size: int
     """Ranks that wrote it."""
-    loader: dict[str, int]
-    """Position in the data, free of the world size."""
-    files: list[dict[str, Any]]
-    """Name, bytes and sha256 of every file."""
+    loader: Position
+    files: list[FileRecord]
+    dataset: str
+    """Fingerprint of the prepared dataset it was trained on."""
     versions: dict[str, str]
     config_hash: str
     """Identity of model, tables, objective and data order."""
@@ -44,14 +68,19 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            manifest = Manifest(**values)
+            manifest = TypeAdapter(Manifest).validate_json(path.read_bytes())
         except FileNotFoundError:
             raise UserError(
                 f"{folder} is no complete checkpoint: it has no {MANIFEST}, which is written last"
             ) from None
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path} is not a readable manifest ({error}); the checkpoint cannot be trusted") from None
+        except ValidationError as error:
+            fault = error.errors()[0]
+            place = ".".join(str(part) for part in fault["loc"])
+            raise UserError(
+                f"{path} is not a readable manifest ({place}: {fault['msg']}); delete that folder to use an older one"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
         if manifest.format_version != FORMAT_VERSION:
             raise UserError(
                 f"{path} has format version {manifest.format_version}; this version of ultrarec reads {FORMAT_VERSION}"
@@ -66,15 +95,19 @@ class Manifest:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(folder / MANIFEST)
+        # The rename itself is on disk only once the folder is.
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
     def problems(self, folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:
         """What is wrong with the files, one sentence each; `part` of `parts` checks its share of them."""
         return [problem for record in self.files[part::parts] if (problem := _problem(folder, record))]
 
 
-def file_record(path: Path) -> dict[str, Any]:
-    """Name, bytes and checksum of a file as the manifest lists them."""
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+def file_record(path: Path) -> FileRecord:
+    """What the manifest says of a file."""
+    return FileRecord(path.name, path.stat().st_size, sha256(path))
 
 
 def sha256(path: Path) -> str:
@@ -86,14 +119,14 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _problem(folder: Path, record: dict[str, Any]) -> str | None:
-    path = folder / record["name"]
+def _problem(folder: Path, record: FileRecord) -> str | None:
+    path = folder / record.name
     if not path.is_file():
-        return f"{record['name']} is missing"
-    if path.stat().st_size != record["bytes"]:
-        return f"{record['name']} has {path.stat().st_size} bytes, written were {record['bytes']}"
-    if sha256(path) != record["sha256"]:
-        return f"{record['name']} has another checksum than when it was written"
+        return f"{record.name} is missing"
+    if path.stat().st_size != record.bytes:
+        return f"{record.name} has {path.stat().st_size} bytes, written were {record.bytes}"
+    if sha256(path) != record.sha256:
+        return f"{record.name} has another checksum than when it was written"
     return None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchrec.optim.keyed import KeyedOptimizer
 
 from .config import OptimizerConfig
+from .health import require_finite
 
 
 def lr_factor(step: int, *, config: OptimizerConfig, total_steps: int) -> float:
@@ -65,8 +66,7 @@ class Optimizer:
         if gradient_scale != 1.0:
             torch._foreach_mul_(gradients, gradient_scale)
         norm = torch.nn.utils.get_total_norm(gradients)
-        # Stops on the device, without a sync, before weights that no later step could mend reach a checkpoint.
-        torch._assert_async(torch.isfinite(norm), "gradients are not finite; stopped before the update")
+        require_finite(norm, "the gradient norm")
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.dense.values(), self.config.clip_norm, norm)
         self.adamw.step()

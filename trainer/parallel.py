@@ -42,6 +42,7 @@ def join(config: TrainerConfig) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=config.timeout_seconds)
     if "RANK" in os.environ:
+        _check_environment()
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -51,13 +52,28 @@ def join(config: TrainerConfig) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
+def _check_environment() -> None:
+    """Refuse what a launcher would not have set, before torch fails on it."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ.get(name, "").isdigit():
+            raise UserError(
+                f"environment variable {name}={os.environ.get(name)!r}, but RANK is set and calls for a number there; "
+                "launch with torchrun or `ultrarec launch`, or unset RANK to train in one process"
+            )
+    if "MASTER_ADDR" not in os.environ:
         raise UserError(
-            "trainer.device='cuda', but torch finds no CUDA device; use 'auto' or 'cpu', or run `ultrarec doctor`"
+            "environment variable MASTER_ADDR is missing, but RANK is set; launch with torchrun, or unset RANK"
         )
-    if name == "cpu" or not available:
+
+
+def _device(name: str) -> torch.device:
+    needed, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if name == "cuda" and found < needed:
+        raise UserError(
+            f"trainer.device='cuda', but torch finds {found} CUDA device(s) for {needed} process(es) of this machine; "
+            "launch fewer, use 'auto' or 'cpu', or run `ultrarec doctor`"
+        )
+    if name == "cpu" or found < needed:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)

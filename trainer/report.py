@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from ..data.errors import UserError
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -25,7 +27,7 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     temporary = path.with_suffix(".tmp")
     with path.open(encoding="utf-8") as source, temporary.open("w", encoding="utf-8") as target:
         for line in source:
-            if line.endswith("\n") and keep(json.loads(line)):
+            if line.endswith("\n") and keep(_parse(line, path)):
                 target.write(line)
         target.flush()
         os.fsync(target.fileno())
@@ -33,10 +35,21 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The values of a file of JSON lines; none when there is no file."""
+    """The values of a file of JSON lines; none when there is no file, none of a last line cut off by a kill."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:
+        return [_parse(line, path) for line in file if line.endswith("\n")]
+
+
+def _parse(line: str, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+        if isinstance(value.get("step"), int):
+            return dict(value)
+    except (ValueError, AttributeError):
+        pass
+    raise UserError(f"{path} has a line that no run wrote: {line[:80]!r}; remove that line to continue")
 
 
 def forget_after(out: Path, step: int) -> None:

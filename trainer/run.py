@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +33,7 @@ def open_run(config: Config, out: Path, world: World, *, fresh: bool) -> Iterato
         UserError: the dataset, the configuration or the run folder does not allow it.
     """
     info = load_dataset(config)
-    newest = on_main(world, lambda: _newest_checkpoint(config, out, fresh=fresh))
+    newest = on_main(world, lambda: _newest_checkpoint(config, out, info.fingerprint, fresh=fresh))
     sharded = shard(build_recommender(config, info), config, world)
     trainable = _trainable(config, sharded)
     if newest is not None:
@@ -45,7 +44,7 @@ def open_run(config: Config, out: Path, world: World, *, fresh: bool) -> Iterato
     on_main(world, lambda: _prepare_folder(config, out, sharded.plan, state.step))
     reporter = Reporter(out, is_main=world.is_main, step=state.step, total_steps=total_steps)
     audit = Audit(out, rank=world.rank) if config.data.audit else None
-    reporter.say(_greeting(out, sharded.plan, newest, world, total_steps))
+    reporter.say(_greeting(out, sharded.plan, newest, world, state.step, total_steps))
     try:
         yield Run(
             config=config,
@@ -58,7 +57,6 @@ def open_run(config: Config, out: Path, world: World, *, fresh: bool) -> Iterato
             total_steps=total_steps,
             reporter=reporter,
             audit=audit,
-            clock=time.monotonic(),
         )
     finally:
         loader.close()
@@ -67,14 +65,20 @@ def open_run(config: Config, out: Path, world: World, *, fresh: bool) -> Iterato
             audit.close()
 
 
-def _newest_checkpoint(config: Config, out: Path, *, fresh: bool) -> Path | None:
+def _newest_checkpoint(config: Config, out: Path, dataset: str, *, fresh: bool) -> Path | None:
     """Where to continue; the run folder must belong to this configuration, or to nothing yet."""
     complete = complete_checkpoints(out)
     if fresh and (complete or (out / CONFIG_FILE).exists()):
         raise UserError(f"--fresh: {out} already holds a run; choose another --out, or delete that folder")
     if not complete:
         return None
-    if Manifest.read(complete[-1]).config_hash != config.training_hash():
+    manifest = Manifest.read(complete[-1])
+    if manifest.dataset != dataset:
+        raise UserError(
+            f"{out} holds a run on another dataset than {config.data.path} is now (fingerprints {manifest.dataset} and "
+            f"{dataset}): ids would mean other items; restore the dataset to continue it, or choose another --out"
+        )
+    if manifest.config_hash != config.training_hash():
         raise UserError(
             f"{out} holds a run of another configuration (data, embeddings, model or objective differ from "
             f"{out / CONFIG_FILE}); restore those settings to continue it, or choose another --out"
@@ -101,12 +105,17 @@ def _total_steps(config: Config, loader: Loader) -> int:
 
 def _prepare_folder(config: Config, out: Path, plan: str, step: int) -> None:
     """Write what the run is, and drop what an earlier process wrote about steps that will be trained again."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
-    (out / PLAN_FILE).write_text(plan, encoding="utf-8")
-    forget_after(out, step)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
+        (out / PLAN_FILE).write_text(plan, encoding="utf-8")
+        forget_after(out, step)
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {out}: {error.strerror}; choose another --out") from None
 
 
-def _greeting(out: Path, plan: str, newest: Path | None, world: World, total_steps: int) -> str:
+def _greeting(out: Path, plan: str, newest: Path | None, world: World, step: int, total_steps: int) -> str:
     start = f"continuing from {newest}" if newest else "starting"
+    if newest is not None and step >= total_steps:
+        start = f"finished at {newest}"
     return f"{start}: {world.size} rank(s) on {world.device.type}, {total_steps} steps, run folder {out}\n{plan}"

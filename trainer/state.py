@@ -17,28 +17,24 @@ class Window:
 
     loss_sum: Tensor | None = None
     labels: int = 0
-    samples: int = 0
-    tokens: int = 0
 
-    def add(self, *, loss_sum: Tensor, labels: int, samples: int, tokens: int) -> None:
+    def add(self, *, loss_sum: Tensor, labels: int) -> None:
         """Take in one batch."""
         # Read only when a line is written: .item() here would stop the host in every step.
         loss = loss_sum.detach().double()
         self.loss_sum = loss if self.loss_sum is None else self.loss_sum + loss
         self.labels += labels
-        self.samples += samples
-        self.tokens += tokens
 
     def totals(self) -> Tensor:
-        """[loss sum, labels, samples, tokens], float64, on the CPU."""
+        """[loss sum, labels], float64, on the CPU."""
         loss = 0.0 if self.loss_sum is None else float(self.loss_sum)
-        return torch.tensor([loss, self.labels, self.samples, self.tokens], dtype=torch.float64)
+        return torch.tensor([loss, self.labels], dtype=torch.float64)
 
     @staticmethod
     def of(totals: Tensor) -> Window:
         """The window with these totals."""
-        loss, labels, samples, tokens = totals.tolist()
-        return Window(torch.tensor(loss, dtype=torch.float64), int(labels), int(samples), int(tokens))
+        loss, labels = totals.tolist()
+        return Window(torch.tensor(loss, dtype=torch.float64), int(labels))
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from ..data.batch import Batch
 from .config import TrainerConfig
+from .health import require_finite
 from .optimizer import Deferred
 from .parallel import World
 
@@ -53,8 +54,7 @@ def _scaled_loss(
         assert batch is not None
         with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
             loss_sum, _ = parallel(batch)
-        # Stops on the device, without a sync, before backward reaches the tables, whose update is part of it.
-        torch._assert_async(torch.isfinite(loss_sum), "loss is not finite; stopped before the update")
+        require_finite(loss_sum, "the loss")  # before backward reaches the tables, whose update is part of it
         # Gradients are averaged over ranks: times their number, they are those of the mean over the global batch.
         scale = world.size / (max(batch.num_labels, 1) * config.accumulate)
         return loss_sum * scale, Trained(batch, loss_sum.detach())

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
 FLOATS = ("FLOAT", "DOUBLE")
-TIMESTAMPS = ("DATE", "TIMESTAMP", "TIMESTAMP_S", "TIMESTAMP_MS", "TIMESTAMP_NS", "TIMESTAMP WITH TIME ZONE")
+NANOSECONDS = ("TIMESTAMP_NS", "TIMESTAMPTZ_NS")
+TIMESTAMPS = ("DATE", "TIMESTAMP", "TIMESTAMP_S", "TIMESTAMP_MS", "TIMESTAMP WITH TIME ZONE", *NANOSECONDS)
 LARGEST_TIME = 2**62  # a float time beyond it would overflow 64 bits on rounding
 
 
@@ -78,11 +79,14 @@ def _convert_time(x: str, type_name: str) -> Conversion | None:
         is_bad = f"(NOT isfinite({x}) OR {x} <> floor({x}) OR abs({x}) > {LARGEST_TIME})"
         return Conversion(value=f"CAST({x} AS BIGINT)", is_bad=is_bad)
     if type_name in TIMESTAMPS:
-        nanoseconds = type_name == "TIMESTAMP_NS"
-        ticks, per_ms = (f"epoch_ns({x})", 1_000_000) if nanoseconds else (f"epoch_us({x})", 1_000)
+        # Nanoseconds reach over a few centuries only, and DuckDB takes their time zone off in no other type.
+        if type_name in NANOSECONDS:
+            ticks, per_ms, plain = f"epoch_ns({x})", 1_000_000, "TIMESTAMP_NS"
+        else:
+            ticks, per_ms, plain = f"epoch_us({x})", 1_000, "TIMESTAMP"
         # DuckDB's // rounds towards zero, which would put the milliseconds around 1970 together.
-        milliseconds = f"(({ticks}) - ((({ticks}) % {per_ms}) + {per_ms}) % {per_ms}) // {per_ms}"
-        return Conversion(value=milliseconds, moment=ticks, is_bad=f"NOT isfinite(CAST({x} AS TIMESTAMP))")
+        milliseconds = f"({ticks} // {per_ms} - CAST({ticks} % {per_ms} < 0 AS BIGINT))"
+        return Conversion(value=milliseconds, moment=ticks, is_bad=f"NOT isfinite(CAST({x} AS {plain}))")
     return None
 
 

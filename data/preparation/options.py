@@ -8,6 +8,7 @@ from ..errors import UserError
 from ..schema import BUILT_IN_COLUMNS, MAX_ACTIONS
 
 MEMORY_LIMIT = re.compile(r"\d+(\.\d+)?\s*[KMGT]i?B", re.IGNORECASE)
+MOST_THREADS = 1024  # of DuckDB; each takes memory for itself, and far more cannot be started
 LONGEST_DELIMITER = 4  # bytes; the limit of DuckDB's CSV reader
 
 
@@ -114,8 +115,10 @@ class PrepareOptions:
                 raise UserError(f"{option} {value} is negative; give 0 to keep all, or a count")
         if not MEMORY_LIMIT.fullmatch(self.memory_limit.strip()):
             raise UserError(f"--memory-limit {self.memory_limit!r} is not a size; write it like 512MB or 4GB")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"--threads {self.threads}: at least 1; leave the option out for all cores")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise UserError(
+                f"--threads {self.threads}: at least 1, at most {MOST_THREADS}; leave the option out for all cores"
+            )
         if self.csv_delimiter is not None and not 1 <= len(self.csv_delimiter.encode()) <= LONGEST_DELIMITER:
             raise UserError(
                 f"--csv-delimiter {self.csv_delimiter!r}: 1 to {LONGEST_DELIMITER} bytes, "

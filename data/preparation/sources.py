@@ -13,7 +13,7 @@ from typing import Literal
 import pyarrow
 import pyarrow.parquet
 
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..schema import SourceFile
 from .options import PrepareOptions
 
@@ -106,8 +106,8 @@ def _csv_log(names: tuple[str, ...], paths: tuple[Path, ...], options: PrepareOp
         header = _split_line(_first_line(path), delimiter)
         if options.csv_columns and len(header) != len(columns):
             raise UserError(
-                f"{path}: its first line has {len(header)} fields (delimiter {delimiter!r}), --csv-columns names "
-                f"{len(columns)}; name every column, or correct --csv-delimiter"
+                f"{path}: its first line has {counted(len(header), 'field')} (delimiter {delimiter!r}), "
+                f"--csv-columns names {len(columns)}; name every column, or correct --csv-delimiter"
             )
         if not options.csv_columns and tuple(header) != columns:
             raise UserError(

@@ -10,7 +10,7 @@ training events only. An event whose item is not in the vocabulary stays, as an 
 
 from collections.abc import Callable
 
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..schema import Counts, Split
 from .options import PrepareOptions
 from .staging import Connection, declared_parts
@@ -37,7 +37,7 @@ def build_tables(database: Connection, options: PrepareOptions, *, report: Calla
     _make_users(database, options)
     counts = _count_users(database)
     _check_parts(database, options, counts)
-    report(f"sorting {counts['events']:,} events of {counts['users']:,} users")
+    report(f"sorting {counted(counts['events'], 'event')} of {counted(counts['users'], 'user')}")
     _make_events(database, options)
     (items,) = database.execute("SELECT count(*) FROM items").fetchall()[0]
     (unknown,) = database.execute("SELECT count(*) FROM events WHERE item = 0").fetchall()[0]

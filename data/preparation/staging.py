@@ -14,7 +14,7 @@ from typing import Any
 import duckdb
 import pyarrow
 
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..schema import Column, ColumnKind
 from .conversion import KINDS, Conversion, Kind, Reading
 from .options import PrepareOptions
@@ -50,7 +50,10 @@ def open_database(work: Path, *, memory_limit: str, threads: int | None) -> Iter
     }
     if threads is not None:
         config["threads"] = threads
-    database = duckdb.connect(str(work / "stage.duckdb"), config=config)
+    try:
+        database = duckdb.connect(str(work / "stage.duckdb"), config=config)
+    except duckdb.ParserException as error:
+        raise UserError(f"--memory-limit {memory_limit}: {_first_line(error)}; give less, like 4GB") from error
     try:
         yield database
     except duckdb.OutOfMemoryException as error:
@@ -116,13 +119,15 @@ def _check_nulls(database: Connection, log: Log, parts: list[Part], *, report: C
     nulls = ", ".join(f"count(*) - count({part.staged})" for part in required)
     total, *counts = _one_row(database, f"SELECT count(*), {nulls} FROM staged")
     if not total:
-        raise UserError(f"the log has no events: {', '.join(log.names)} hold no rows; check the export")
-    report(f"{total:,} events read")
+        raise UserError(
+            f"the log has no events: {', '.join(log.names)} hold{'s' * (len(log.names) == 1)} no rows; check the export"
+        )
+    report(f"{counted(total, 'event')} read")
     for part, count in zip(required, counts, strict=True):
         if count:
             where, _ = _first(database, log, part, f"{part.staged} IS NULL")
             raise UserError(
-                f"{part.option} {part.name!r} is null in {count:,} of {total:,} rows, first in {where}; "
+                f"{part.option} {part.name!r} is null in {count:,} of {counted(total, 'row')}, first in {where}; "
                 "every event needs a value: fill or drop those rows"
             )
 
@@ -162,7 +167,7 @@ def _check_values(database: Connection, log: Log, part: Part, conversion: Conver
     if count:
         where, value = _first(database, log, part, is_bad)
         raise UserError(
-            f"{part.option} {part.name!r} is {value!r} in {where} ({count:,} such rows); {part.kind.rule}: "
+            f"{part.option} {part.name!r} is {value!r} in {where} ({counted(count, 'such row')}); {part.kind.rule}: "
             "convert the column, or drop those rows"
         )
 

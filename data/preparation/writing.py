@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..schema import HISTORIES_FOLDER, ITEMS_FILE, HistoryFile, Vocabulary
+from ..schema import HISTORIES_FOLDER, ITEMS_FILE, HistoryFile, Vocabulary, file_sha256
 from .staging import Connection, Part
 
 USERS_PER_ROW_GROUP = 2048
@@ -75,8 +75,16 @@ class HistoryWriter:
         if self._writer is None:
             return
         self._writer.close()
-        size = (self._root / self._path).stat().st_size
-        self.files.append(HistoryFile(path=self._path, rows=self._rows, row_groups=self._row_groups, bytes=size))
+        path = self._root / self._path
+        self.files.append(
+            HistoryFile(
+                path=self._path,
+                rows=self._rows,
+                row_groups=self._row_groups,
+                bytes=path.stat().st_size,
+                sha256=file_sha256(path),
+            )
+        )
         self._writer, self._rows, self._row_groups = None, 0, 0
 
 
@@ -120,7 +128,7 @@ def write_items(database: Connection, root: Path) -> Vocabulary:
             writer.write_table(table)
             size += table.num_rows
             table = stream.take(ROWS_PER_BATCH)
-    return Vocabulary(size=size, path=ITEMS_FILE)
+    return Vocabulary(size=size, path=ITEMS_FILE, sha256=file_sha256(root / ITEMS_FILE))
 
 
 def row_groups(num_events: np.ndarray) -> list[range]:

@@ -3,6 +3,7 @@
 # T = events of all sequences, B = sequences, H = heads, D = head width (Dqk of queries and keys, Dv of values)
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +17,24 @@ __all__ = ["AttentionMask", "RelativeBias", "hstu_attention"]
 
 CAUSAL = AttentionMask()
 
-# "auto" is "cpu" on every device: the blocked implementation is plain torch.
+
+def _triton(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    # Imported when it is first asked for: Triton is for Linux only, and decides then whether to interpret kernels.
+    from .triton import attention
+
+    return attention(q, *args, **kwargs)
+
+
+def _auto(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    fits_triton = q.dtype != torch.float64 and max(q.shape[2], v.shape[2]) <= 256
+    return (_triton if q.is_cuda and fits_triton else cpu.attention)(q, k, v, *args, **kwargs)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "auto": cpu.attention,
+    "auto": _auto,
     "cpu": cpu.attention,
     "reference": reference.attention,
+    "triton": _triton,
 }
 
 
@@ -55,8 +69,8 @@ def hstu_attention(
             history and themselves but not each other; none unless given.
         mask: which keys a query sees; causal unless given.
         bias: position and time bias added to the scores.
-        backend: "cpu" is the blocked implementation in plain torch, "reference" the definition, "auto" the fastest for
-            the device.
+        backend: "triton" is for GPUs (and for CPUs with TRITON_INTERPRET=1, to test it), "cpu" the blocked
+            implementation in plain torch, "reference" the definition, "auto" the fastest for the device.
 
     Returns:
         `[T, H, Dv]` in the dtype of v; differentiable in q, k, v, the weights of the bias, and scale if it is a tensor.
@@ -73,7 +87,9 @@ def hstu_attention(
         check_scale(scale, q=q)
     else:
         value = 1.0 / max_seq_len if scale is None else scale
-        scale = torch.full((q.shape[0],), value, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        # Expanded, so that implementations can tell by the stride that it is the same for all queries.
+        scale = torch.full((1,), value, dtype=dtype, device=q.device).expand(q.shape[0])
     # An implementation computes in the dtype of q, k, v; autocast would cast some of its matrices and not others.
     with torch.autocast(q.device.type, enabled=False):
         return IMPLEMENTATIONS[backend](

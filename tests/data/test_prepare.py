@@ -2,6 +2,7 @@
 
 import argparse
 import gzip
+import hashlib
 import itertools
 import re
 import shlex
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -314,18 +314,32 @@ def test_a_user_column_takes_the_newest_training_event_and_is_null_without_one(t
     assert [row["level"] for row in histories(info)] == [11, None]
 
 
-@pytest.mark.parametrize("unit", ["ms", "us", "ns"])
-def test_timestamps_become_milliseconds_and_keep_their_finer_order(tmp_path, unit):
-    start = datetime(1969, 12, 31, 23, 59, 59, 999_000)
-    per_ms = {"ms": 1, "us": 1_000, "ns": 1_000_000}[unit]
-    ticks = [2 * per_ms + per_ms // 2, 2 * per_ms, 0]
-    moments = pa.array(
-        [int(start.timestamp() - datetime(1970, 1, 1).timestamp()) * 1000 * per_ms - per_ms + t for t in ticks]
-    )
-    log = {"user": [1, 1, 1], "item": [1, 2, 3], "time": moments.cast(pa.timestamp(unit))}
+ZONES = pytest.mark.parametrize("zone", [None, "UTC", "Asia/Kolkata"])
+
+
+@ZONES
+@pytest.mark.parametrize(
+    ("unit", "ticks", "milliseconds"),
+    [
+        ("s", [2, -1, 1], [-1000, 1000, 2000]),
+        ("ms", [2, -1, 1], [-1, 1, 2]),
+        ("us", [1_001, -1, 1_000, -1_000, -1_001], [-2, -1, -1, 1, 1]),
+        ("ns", [1_000_001, -1, 1_000_000, -1_000_000, -1_000_001], [-2, -1, -1, 1, 1]),
+    ],
+)
+def test_timestamps_become_milliseconds_and_keep_their_finer_order(tmp_path, unit, zone, ticks, milliseconds):
+    log = {"user": [1] * len(ticks), "item": ticks, "time": pa.array(ticks, pa.timestamp(unit, tz=zone))}
     info = prepare_log(tmp_path / "out", write_log(tmp_path / "log.parquet", log))
-    assert histories(info)[0]["timestamps"] == [-1, 1, 1]
-    assert original_items(info) == {1: [3, 1, 2] if unit == "ms" else [3, 2, 1]}
+    assert histories(info)[0]["timestamps"] == milliseconds
+    assert original_items(info) == {1: sorted(ticks)}
+
+
+@ZONES
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_timestamps_of_any_unit_may_order_ties(tmp_path, unit, zone):
+    log = {"user": [1] * 3, "item": [2, 3, 1], "time": [0] * 3, "at": pa.array([2, 3, 1], pa.timestamp(unit, tz=zone))}
+    info = prepare_log(tmp_path / "out", write_log(tmp_path / "log.parquet", log), order="at")
+    assert original_items(info) == {1: [1, 2, 3]}
 
 
 @pytest.mark.parametrize("times", [["978300760", "978300761"], ["978300760.0", "9.78300761e8"]])
@@ -396,6 +410,46 @@ def test_the_dataset_states_what_it_holds(tmp_path):
         metadata = pq.read_metadata(info.locate(file.path))
         assert (file.rows, file.row_groups) == (metadata.num_rows, metadata.num_row_groups)
         assert file.bytes == info.locate(file.path).stat().st_size
+    for file in (*info.files, info.vocabularies["items"]):
+        assert file.sha256 == hashlib.sha256(info.locate(file.path).read_bytes()).hexdigest()
+
+
+def log_with_actions():
+    log = log_with_ties(300)
+    return log | {"click": log["place"] % 2 == 0, "like": log["place"] % 3 == 0}
+
+
+def test_the_same_data_prepared_twice_has_one_fingerprint(tmp_path):
+    options = {"actions": ("click", "like"), "leave_last": 1}
+    first, second = (
+        prepare_log(tmp_path / f"out{n}", write_log(tmp_path / f"log{n}.parquet", log_with_actions()), **options)
+        for n in range(2)
+    )
+    assert first.fingerprint == second.fingerprint == DatasetInfo.load(tmp_path / "out0").fingerprint
+
+
+def permute_items(log):
+    return log | {"item": 259 - log["item"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        (permute_items, {}),
+        (dict, {"actions": ("like", "click")}),
+        (dict, {"leave_last": 2}),
+        (dict, {"leave_last": None, "split_time": 6}),
+    ],
+    ids=["item ids permuted", "actions swapped", "other leave-last", "split by time"],
+)
+def test_another_dataset_has_another_fingerprint(tmp_path, change, options):
+    log = log_with_actions()
+    common = {"actions": ("click", "like"), "leave_last": 1}
+    first = prepare_log(tmp_path / "out", write_log(tmp_path / "log.parquet", log), **common)
+    path = write_log(tmp_path / "changed.parquet", change(log))
+    second = prepare_log(tmp_path / "changed", path, **{**common, **options})
+    assert second.num_items == first.num_items or "split_time" in options
+    assert second.fingerprint != first.fingerprint
 
 
 def test_the_bundled_sample_has_the_published_split(tmp_path):
@@ -501,20 +555,43 @@ def test_progress_is_reported_line_by_line(tmp_path):
     assert lines[-1] == f"{tmp_path / 'out'}: 25 users, 50 events, 35 items"
 
 
+def test_progress_counts_one_of_a_kind_in_the_singular(tmp_path):
+    path = write_log(tmp_path / "log.parquet", {"user": [1], "item": [1], "time": [0]})
+    lines = []
+    prepare(PrepareOptions(logs=(path,), out=tmp_path / "out", **ROLES), report=lines.append)
+    assert {"1 event read", "sorting 1 event of 1 user"} < set(lines)
+    assert lines[-1] == f"{tmp_path / 'out'}: 1 user, 1 event, 1 item"
+
+
+def test_the_command_leaves_the_handling_of_sigterm_as_it_was(tmp_path):
+    path = write_log(tmp_path / "log.parquet", log_with_ties(50))
+    before = signal.getsignal(signal.SIGTERM)
+    run_command(path, "--out", tmp_path / "out", "--user", "user", "--item", "item", "--time", "time")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("delay", [0.1, 0.6])
-def test_an_interruption_leaves_nothing_behind(tmp_path, delay):
+def test_an_interruption_leaves_nothing_behind(tmp_path, delay, signal_number):
     path = write_log(tmp_path / "log.parquet", log_with_ties(2_000_000, num_users=50_000), row_group_size=100_000)
     out = tmp_path / "out"
     code = (
-        "import sys; from pathlib import Path; from ultrarec.data.prepare import *; "
-        "prepare(PrepareOptions(logs=(sys.argv[1],), out=Path(sys.argv[2]), user='user', item='item', time='time'))"
+        "import argparse; from ultrarec.data import prepare; parser = argparse.ArgumentParser(); "
+        "prepare.add_arguments(parser); prepare.run(parser.parse_args())"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, path, str(out)], stderr=subprocess.PIPE, text=True)
+    arguments = [path, "--out", str(out), "--user", "user", "--item", "item", "--time", "time"]
+    # A shell starts background jobs with Ctrl-C ignored, and children inherit that: a user's terminal does not.
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads here
+    )
     while not list(tmp_path.glob("out.tmp-*/work/stage.duckdb")):
         assert process.poll() is None
         time.sleep(0.01)
     time.sleep(delay)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal_number)
     _, messages = process.communicate(timeout=30)
     assert messages.rstrip().endswith("KeyboardInterrupt")
     assert process.returncode != 0

@@ -58,7 +58,8 @@ def fails(tmp_path, message, *logs, **options):
         ({"min_item_events": -2}, "--min-item-events -2 is negative; give 0"),
         ({"memory_limit": "lots"}, "--memory-limit 'lots' is not a size; write it like 512MB or 4GB"),
         ({"memory_limit": "4"}, "--memory-limit '4' is not a size"),
-        ({"threads": 0}, "--threads 0: at least 1"),
+        ({"threads": 0}, "--threads 0: at least 1, at most 1024; leave"),
+        ({"threads": 1025}, "--threads 1025: at least 1, at most 1024; leave the option out for all cores"),
         ({"csv_delimiter": ""}, "--csv-delimiter '': 1 to 4 bytes"),
         ({"csv_delimiter": "<tab>"}, "--csv-delimiter '<tab>': 1 to 4 bytes"),
     ],
@@ -216,8 +217,17 @@ def test_a_column_of_the_wrong_type_is_refused(tmp_path, changes, options, messa
             {},
             r"--time 'time' is '2.5' in .*b.parquet, row 2 \(2 such rows\); times are",
         ),
+        (
+            {"time": pa.array([1, 2**63 - 1, 2, 3], pa.timestamp("ns", tz="UTC"))},
+            {},
+            r"--time 'time' is 'infinity' in .*b.parquet, row 2 \(1 such row\); times are",
+        ),
         ({"time": [1.0, 2.0, float("nan"), 4.0]}, {}, r"--time 'time' is 'nan' in .*b.parquet, row 3"),
-        ({"click": [0, 1, 2, 1]}, {"actions": ("click",)}, r"--action 'click' is '2' in .*b.parquet, row 3 \(1 such"),
+        (
+            {"click": [0, 1, 2, 1]},
+            {"actions": ("click",)},
+            r"--action 'click' is '2' in .*b.parquet, row 3 \(1 such row\)",
+        ),
         (
             {"user": pa.array([1, 2, 3, 2**63], pa.uint64())},
             {},
@@ -248,10 +258,10 @@ def test_nulls_are_counted_and_located(tmp_path, option, role):
 @pytest.mark.parametrize(
     ("lines", "options", "message"),
     [
-        ("1,2,3,0\n1,2,soon,0\n", {}, r"--time 'time' is 'soon' in .*log.csv, row 2 \(1 such rows\); times are whole"),
+        ("1,2,3,0\n1,2,soon,0\n", {}, r"--time 'time' is 'soon' in .*log.csv, row 2 \(1 such row\); times are whole"),
         ("1,2,3,0\n1,2,4.5,0\n", {}, "--time 'time' is '4.5' in .*log.csv, row 2"),
         ("1,2,3,0\n1,2,4,yes\n", {"actions": ("click",)}, "--action 'click' is 'yes' in .*log.csv, row 2"),
-        ("1,,3,0\n", {}, "--item 'item' is null in 1 of 1 rows"),
+        ("1,,3,0\n", {}, "--item 'item' is null in 1 of 1 row, first"),
     ],
 )
 def test_a_csv_field_that_breaks_the_rule_is_shown(tmp_path, lines, options, message):
@@ -268,7 +278,12 @@ def test_a_log_without_events_is_refused(tmp_path, suffix):
         path.write_text("user,item,time\n")
     else:
         pq.write_table(pa.table(LOG).slice(0, 0), path)
-    fails(tmp_path, r"the log has no events: .*log.* hold no rows", str(path))
+    fails(tmp_path, r"the log has no events: .*log.* holds no rows; check", str(path))
+
+
+def test_several_files_without_events_are_all_named(tmp_path):
+    paths = [write_text(tmp_path / f"{name}.csv", "user,item,time\n") for name in "ab"]
+    fails(tmp_path, r"the log has no events: .*a.csv, .*b.csv hold no rows; check", *paths)
 
 
 def test_minimums_that_leave_nothing_are_refused(tmp_path):
@@ -314,6 +329,22 @@ def test_an_output_below_a_file_is_refused(tmp_path):
     path = write_parquet(tmp_path / "log.parquet")
     with pytest.raises(UserError, match=r"--out .*log.parquet/out: .* cannot be made \(Not a directory\)"):
         prepare(PrepareOptions(logs=(path,), out=tmp_path / "log.parquet" / "out", **ROLES))
+
+
+@pytest.mark.parametrize("name", ["n" * 250, "n" * 300, "n" * 5000, "n" * 300 + "/out"])
+def test_an_output_with_too_long_a_name_is_refused(tmp_path, name):
+    path = write_parquet(tmp_path / "log.parquet")
+    message = r"--out .*n: .* cannot be made \(File name too long\); give another place"
+    if "/" in name:
+        message = message.replace("n: ", "n/out: ")
+    with pytest.raises(UserError, match=message):
+        prepare(PrepareOptions(logs=(path,), out=tmp_path / "new" / name, **ROLES))
+    assert list(tmp_path.iterdir()) == [tmp_path / "log.parquet"]
+
+
+def test_more_memory_than_can_be_counted_is_refused(tmp_path):
+    path, limit = write_parquet(tmp_path / "log.parquet"), "99999999999999TB"
+    fails(tmp_path, f"--memory-limit {limit}: .*too large; give less, like 4GB", path, memory_limit=limit)
 
 
 def test_too_little_memory_names_the_limit(tmp_path):

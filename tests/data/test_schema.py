@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -23,12 +24,12 @@ def info(tmp_path):
         root=tmp_path,
         roles=Roles(user="user_id", item="item_id", time="time_ms", actions=("is_click", "long_view")),
         columns={"tab": Column(kind="event", type="int8"), "city": Column(kind="user", type="string")},
-        vocabularies={"items": Vocabulary(size=7, path="items.parquet")},
+        vocabularies={"items": Vocabulary(size=7, path="items.parquet", sha256="0" * 64)},
         counts=Counts(
             users=2, events=9, items=7, train_events=5, validation_events=0, test_events=4, unknown_item_events=1
         ),
         split=Split(kind="split_time", time=1651330969569),
-        files=(HistoryFile(path="histories/part-00000.parquet", rows=2, row_groups=1, bytes=123),),
+        files=(HistoryFile(path="histories/part-00000.parquet", rows=2, row_groups=1, bytes=123, sha256="1" * 64),),
         sources=(SourceFile(path="lög.parquet", bytes=45),),
         created_by="ultrarec 0.1.0",
     )
@@ -60,6 +61,39 @@ def test_a_dataset_can_be_moved(info, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "dataset"
     info.root.rename(elsewhere)
     assert DatasetInfo.load(elsewhere).history_paths == [elsewhere / "histories/part-00000.parquet"]
+
+
+def test_the_fingerprint_leaves_out_where_the_dataset_lies_and_where_it_comes_from(info, tmp_path):
+    elsewhere = dataclasses.replace(info, root=tmp_path / "elsewhere", sources=(), created_by="another version")
+    assert elsewhere.fingerprint == info.fingerprint
+    assert re.fullmatch("[0-9a-f]{16}", info.fingerprint)
+
+
+def test_the_fingerprint_survives_writing_and_reading(info):
+    info.write()
+    assert DatasetInfo.load(info.root).fingerprint == info.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("roles", {"actions": ("long_view", "is_click")}),
+        ("columns", {"city": Column(kind="event", type="string")}),
+        ("vocabularies", {"items": Vocabulary(size=7, path="items.parquet", sha256="2" * 64)}),
+        ("counts", {"unknown_item_events": 2}),
+        ("split", {"time": 1651330969570}),
+        ("files", {"sha256": "2" * 64}),
+    ],
+)
+def test_the_fingerprint_covers_all_that_describes_the_content(info, field, change):
+    value = getattr(info, field)
+    if isinstance(value, dict):
+        changed = value | change
+    elif isinstance(value, tuple):
+        changed = (dataclasses.replace(value[0], **change),)
+    else:
+        changed = dataclasses.replace(value, **change)
+    assert dataclasses.replace(info, **{field: changed}).fingerprint != info.fingerprint
 
 
 def test_columns_are_told_apart_by_kind(info):

@@ -79,7 +79,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"bias": RelativeBias(time_weight=torch.ones(6), timestamps=TIMES, query_timestamps=TIMES[:2])},
         "query_timestamps has 2 entries; it takes one per event, 5",
     ),
-    "backend": ({"backend": "cuda"}, "backend='cuda'; choose one of ['auto', 'cpu', 'reference']"),
+    "backend": ({"backend": "cuda"}, "backend='cuda'; choose one of ['auto', 'cpu', 'reference', 'triton']"),
 }
 
 

@@ -68,7 +68,7 @@ def test_a_size_that_is_no_size_is_refused(text):
 
 def test_more_processes_than_gpus_are_refused():
     with pytest.raises(UserError, match="use -j 1x4"):
-        train("launch.gpus_per_node=4", config=RECIPE, j="1x8")
+        train("trainer.device=auto", "launch.gpus_per_node=4", config=RECIPE, j="1x8")
 
 
 def test_torchx_finds_the_component_and_still_its_own():

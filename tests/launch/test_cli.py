@@ -71,7 +71,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     [
         ["--help"],
         ["launch", "--help"],
-        ["launch", "hstu_kuairand_sample", "--scheduler", "slurm", "-j", "2x8", "--dryrun"],
+        ["launch", "hstu_kuairand_1k", "--scheduler", "slurm", "-j", "2x8", "--dryrun"],
         ["launch", "hstu_kuairand_sample", "--scheduler", "local_cwd", "--dryrun"],
         ["train", "no_such_recipe"],
     ],
@@ -94,6 +94,6 @@ def test_answers_without_importing_anything_heavy(argv):
 
 
 def test_output_cut_off_by_a_pipe_is_no_error():
-    command = f"{sys.executable} -m ultrarec.launch.cli launch hstu_kuairand_sample --scheduler slurm --dryrun | true"
+    command = f"{sys.executable} -m ultrarec.launch.cli launch hstu_kuairand_1k --scheduler slurm --dryrun | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=60)
     assert done.stderr == ""

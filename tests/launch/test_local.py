@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from ultrarec.data.errors import UserError
+from ultrarec.launch.application import Size
+from ultrarec.launch.local import _FirstRank, gpu_shares
+
 DRIVER = """
 import sys
 from pathlib import Path
@@ -26,7 +30,7 @@ assert "-m ultrarec.trainer" in role.args[1]
 role.args[1] = role.args[1].replace("-m ultrarec.trainer", worker)
 local.prepare(app, size)
 with get_runner() as runner:
-    request = runner.dryrun(app, "local_cwd", local.options(app, out))
+    request = runner.dryrun(app, "local_cwd", local.options(out))
     sys.exit(local.run(runner, request, out=out, size=size))
 """
 PREAMBLE = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
@@ -52,6 +56,36 @@ def wait_for(paths: list[Path]) -> list[int]:
     return [int(path.read_text()) for path in paths]
 
 
+@pytest.mark.parametrize(
+    ("gpus", "size", "shares"),
+    [
+        ([], "2x8", []),
+        (["0"], "1x1", [["0"]]),
+        (["0", "1", "2", "3"], "1x2", [["0", "1"]]),
+        (["0", "1", "2", "3"], "2x2", [["0", "1"], ["2", "3"]]),
+        (["6", "GPU-a", "1"], "3x1", [["6"], ["GPU-a"], ["1"]]),
+    ],
+)
+def test_each_node_gets_a_gpu_per_process_and_none_twice(gpus, size, shares):
+    assert gpu_shares(gpus, Size.parse(size)) == shares
+
+
+@pytest.mark.parametrize("size", ["2x2", "1x4", "4x1"])
+def test_more_processes_than_gpus_on_this_machine_are_refused(size):
+    with pytest.raises(UserError, match=f"-j {size}, but 3 GPU.* use -j 1x3"):
+        gpu_shares(["0", "1", "2"], Size.parse(size))
+
+
+def test_what_a_rank_prints_last_on_stdout_is_shown_after_its_stderr(tmp_path, capfd, monkeypatch):
+    folder = tmp_path / "none" / "attempt_0" / "0"
+    folder.mkdir(parents=True)
+    (folder / "stdout.log").write_text("the table\n")
+    (folder / "stderr.log").write_text("a warning\n")
+    monkeypatch.setattr("sys.stderr", sys.stdout)  # a terminal shows both
+    _FirstRank(tmp_path).show()
+    assert capfd.readouterr().out == "a warning\nthe table\n"
+
+
 def test_two_nodes_form_one_job_and_its_first_rank_is_heard(tmp_path):
     worker = (
         "print('world', os.environ['WORLD_SIZE'], 'rank', rank, 'threads', os.environ['OMP_NUM_THREADS'], flush=True)"
@@ -69,6 +103,8 @@ def test_two_nodes_form_one_job_and_its_first_rank_is_heard(tmp_path):
 def test_a_failed_rank_is_named_with_its_last_words(tmp_path, end, code, how):
     worker = (
         "print('hello from', rank, flush=True)\n"
+        "open(f'spoke-{rank}', 'w').close()\n"
+        "while not os.path.exists('spoke-0'):\n    time.sleep(0.05)\n"
         f"if rank == 1:\n    print('my table burns', file=sys.stderr, flush=True)\n    {end}\n"
         "time.sleep(60)"
     )

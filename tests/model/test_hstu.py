@@ -254,3 +254,73 @@ def test_group_norm_learns_one_scale_and_shift_per_head():
     layer = HSTULayer(config, max_seq_len=8, mask=AttentionMask())
     shapes = {name: tuple(p.shape) for name, p in layer.norm_attention.named_parameters()}
     assert shapes == {"head_weight": (2, 1), "head_bias": (2, 1)}
+
+
+REMATERIALIZED = [
+    pytest.param({**RESEARCH, "relative_bias": "position_time", "dropout": 0.4}, id="research"),
+    pytest.param({**INDUSTRIAL, "dropout": 0.4}, id="industrial"),
+    pytest.param({**INDUSTRIAL, "norm": "group_norm"}, id="industrial with group norm"),
+]
+
+
+def forward_and_gradients(stack, x, seqs, *, run=None, autocast=False):
+    """The output and all gradients of a stack, or of a function that runs it, under a fixed seed of its dropout."""
+    torch.manual_seed(5)
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = (stack if run is None else run)(x, seqs)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), [x, *stack.parameters()])]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("settings", REMATERIALIZED)
+def test_rematerialisation_changes_no_bit(settings, autocast):
+    results = []
+    for rematerialize in (False, True):
+        torch.manual_seed(0)
+        config = ModelConfig(**{**settings, "num_layers": 2, "rematerialize": rematerialize})
+        stack = HSTUStack(config, max_seq_len=N, mask=AttentionMask(num_contextual=1))
+        x = torch.randn(sum(LENGTHS), config.width)
+        results.append(forward_and_gradients(stack, x, sequences(), autocast=autocast))
+    assert all(torch.equal(kept, again) for kept, again in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("rematerialize", [False, True])
+@pytest.mark.parametrize("settings", REMATERIALIZED)
+def test_torch_compile_makes_one_graph_of_the_stack(settings, rematerialize):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    stack = HSTUStack(
+        ModelConfig(**settings, rematerialize=rematerialize), max_seq_len=N, mask=AttentionMask(num_contextual=1)
+    )
+    x, seqs = torch.randn(sum(LENGTHS), RESEARCH["width"]), sequences()
+    eager = forward_and_gradients(stack, x, seqs)
+    compiled = torch.compile(stack, fullgraph=True, backend="aot_eager")
+    compiled = forward_and_gradients(stack, x, seqs, run=compiled)
+    for once, traced in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(once, traced, rtol=1e-5, atol=1e-6)
+
+
+def kept_bytes_per_token(config: ModelConfig, num_tokens: int) -> float:
+    """What a layer's forward pass allocates and does not free, its output apart."""
+    layer = HSTULayer(config, max_seq_len=num_tokens, mask=AttentionMask())
+    x = torch.randn(num_tokens, config.width, requires_grad=True)
+    seqs = sequences([num_tokens], [0])
+    layer(x, seqs)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out = layer(x, seqs)
+    kept = sum(event.self_cpu_memory_usage for event in profile.events())
+    return kept / num_tokens - out.element_size() * config.width
+
+
+@pytest.mark.parametrize("gating", ["norm_times_u", "concat"])
+def test_a_rematerialised_layer_keeps_the_attention_output_and_statistics(gating):
+    width, heads, qk, value = 24, 2, 16, 12
+    settings = {"width": width, "num_layers": 1, "num_heads": heads, "qk_dim": qk, "value_dim": value, "dropout": 0.3}
+    num_tokens = 2048
+    all_kept = kept_bytes_per_token(ModelConfig(**settings, gating=gating), num_tokens)
+    kept = kept_bytes_per_token(ModelConfig(**settings, gating=gating, rematerialize=True), num_tokens)
+    attention, mean_and_deviation = heads * value, 2
+    uvqk = 2 * heads * (qk + value)
+    assert kept == pytest.approx(4 * (attention + mean_and_deviation), abs=1)
+    assert all_kept == pytest.approx(4 * (2 * uvqk + attention + 2 * mean_and_deviation), abs=1)

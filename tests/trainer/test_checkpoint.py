@@ -118,7 +118,9 @@ def test_inspect_shows_position_versions_and_every_tensor(run_folder, command, c
     assert command("inspect", run_folder) == 0
     printed = capsys.readouterr().out
     folder = complete_checkpoints(run_folder)[-1]
-    assert printed.startswith(f"{folder}\nstep 24, written by 2 rank(s), position {{'epoch': 2, 'consumed': 0}}\n")
+    dataset = Manifest.read(folder).dataset
+    expected = f"{folder}\nstep 24, written by 2 rank(s), continues at sample 0 of epoch 2, dataset {dataset}\n"
+    assert printed.startswith(expected)
     for name, tensor in checkpoint_tensors(folder).items():
         (line,) = [line for line in printed.splitlines() if line.endswith(f" {name}")]
         assert line.split()[0] == f"{tensor.numel() * tensor.element_size():,}"

@@ -109,6 +109,16 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
         ),
         ("trainer.epochs=0", "trainer.epochs=0: input should be greater than 0"),
         ("trainer.seed=-1", "trainer.seed=-1: input should be greater than or equal to 0"),
+        ("optimizer.betas=[2.0, 0.9]", "optimizer.betas.0=2.0: input should be less than 1"),
+        (
+            "trainer.timeout_seconds=10000000",
+            "trainer.timeout_seconds=10000000: input should be less than or equal to 604800",
+        ),
+        (
+            "data.features.tab.num_values=1000000000",
+            "data.features.tab: num_values=1000000000 with kind='category': every rank holds such a table, "
+            "which may have 1,000,000 values; use kind='hash', whose table is sharded",
+        ),
         ("model.dropout=1.0", "model.dropout=1.0: input should be less than 1"),
         ("trainer.precision=fp8", "trainer.precision='fp8': input should be 'fp32' or 'bf16'"),
         (
@@ -124,6 +134,13 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
             "objective.tasks=[]",
             "objective.tasks is empty: ranking needs at least one action to predict, e.g. tasks = ['is_click']",
         ),
+        (
+            'objective.tasks=["is_click", "is_click"]',
+            "objective.tasks=['is_click', 'is_click'] names a task twice; name each once",
+        ),
+        ("objective.task_weights=[-1.0]", "objective.task_weights.0=-1.0: input should be greater than or equal to 0"),
+        ("optimizer.lr=inf", "optimizer.lr=inf: input should be a finite number"),
+        ("model.qk_dim=100000000", "model.qk_dim=100000000: input should be less than or equal to 65536"),
         ("objective.task_weights=[1.0, 2.0]", "objective.task_weights has 2 values for 1 tasks; give one per task"),
         (
             "data.features.tab.kind=word",

@@ -91,6 +91,18 @@ def test_next_item_metrics_are_those_of_a_full_ranking_in_float64(trained, datas
     assert {name: line[name] for name in metrics} == pytest.approx(metrics, rel=1e-12)
 
 
+def ranks_of_equal_scores(config: Config, out: Path) -> list[int]:
+    """Ranks where all scores are 0, of a user who has seen items 1, 2 and an unknown one, and one who has seen none."""
+    seen = [torch.tensor([1, 0, 2]), torch.zeros(0, dtype=torch.int64)]
+    with torch.no_grad():
+        return evaluator_of(config, out)._ranks(torch.zeros(2, 6), torch.tensor([3, 5]), seen).tolist()
+
+
+def test_equal_scores_count_against_the_target(trained, dataset):
+    config, out = config_of(dataset, "full_softmax"), trained(1)["full_softmax"]
+    assert run_ranks(ranks_of_equal_scores, config, out, world_size=1) == [[NUM_ITEMS - 2, NUM_ITEMS]]
+
+
 def test_ranking_metrics_are_those_of_the_logits_of_every_test_event(trained, dataset):
     out = trained(1)["ranking"]
     metrics, outputs = run_ranks(metrics_and_outputs, config_of(dataset, "ranking"), out, 7, world_size=1)[0]

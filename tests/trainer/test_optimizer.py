@@ -105,7 +105,7 @@ def test_gradients_that_are_not_finite_stop_the_run_before_the_update(bad):
     before = parameter.detach().clone()
     optimizer.begin(0)
     parameter.grad = torch.tensor([0.0, bad, 0.0], dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="gradients are not finite; stopped before the update"):
+    with pytest.raises(RuntimeError, match="the gradient norm is not finite; stopped before the update"):
         optimizer.update()
     assert torch.equal(parameter.detach(), before)
 

@@ -5,7 +5,8 @@ import torch
 from process_group import run_ranks
 
 from ultrarec.data.errors import UserError
-from ultrarec.trainer.parallel import World, gather_objects, gather_rows, on_main, sum_over_ranks
+from ultrarec.trainer.config import TrainerConfig
+from ultrarec.trainer.parallel import World, gather_objects, gather_rows, join, on_main, sum_over_ranks
 
 
 def gather_uneven() -> list[list[int]]:
@@ -52,3 +53,25 @@ def test_a_failing_rank_fails_the_test():
 
 def divide_by_rank() -> float:
     return 1 / torch.distributed.get_rank()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("RANK", "first"), ("WORLD_SIZE", ""), ("MASTER_PORT", "abc"), ("MASTER_ADDR", None)]
+)
+def test_an_environment_that_no_launcher_makes_is_refused_by_name(monkeypatch, name, value):
+    for known, number in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "29500", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(known, number)
+    if value is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"environment variable {name}.*unset RANK"), join(TrainerConfig(epochs=1)):
+        pass
+
+
+def test_a_missing_cuda_device_is_said_with_the_remedy():
+    if torch.cuda.is_available():
+        pytest.skip("has a CUDA device")
+    config = TrainerConfig(epochs=1, device="cuda")
+    with pytest.raises(UserError, match=r"finds 0 CUDA device\(s\) for 1 process.*use 'auto' or 'cpu'"), join(config):
+        pass

@@ -18,6 +18,7 @@ from small_runs import (
     train_on_ranks,
 )
 
+from ultrarec.data.schema import DatasetInfo
 from ultrarec.trainer.__main__ import main
 from ultrarec.trainer.manifest import MANIFEST, Manifest, checkpoint_folder, complete_checkpoints
 
@@ -212,15 +213,26 @@ def test_fresh_refuses_a_folder_that_holds_a_run(trained, dataset, tmp_path, cap
     assert told in capsys.readouterr().err
 
 
-def test_tables_of_another_size_are_refused_by_name_of_the_checkpoint(trained, dataset, tmp_path):
-    out = interrupted(trained(1)["ranking"], tmp_path / "out", step=5)
-    smaller = tmp_path / "smaller" / "dataset"
-    shutil.copytree(dataset, smaller)
-    info = json.loads((smaller / "dataset.json").read_text())
-    info["vocabularies"]["items"]["size"] += 7
-    (smaller / "dataset.json").write_text(json.dumps(info))
+def refusal(dataset, out):
     with pytest.raises(RuntimeError) as caught:
-        run_ranks(train_on_ranks, [(config_of(dataset, "ranking", f"data.path={smaller}"), out)], world_size=1)
-    told = str(caught.value).strip().splitlines()[-1]
-    assert f"UserError: checkpoint {checkpoint_folder(out, 5)} does not fit this run: " in told
+        run_ranks(train_on_ranks, [(config_of(dataset, "ranking"), out)], world_size=1)
+    return str(caught.value).strip().splitlines()[-1]
+
+
+def test_a_run_is_not_continued_on_another_dataset_nor_its_tables_loaded_into_others(trained, dataset, tmp_path):
+    out = interrupted(trained(1)["ranking"], tmp_path / "out", step=5)
+    other = tmp_path / "other" / "dataset"
+    shutil.copytree(dataset, other)
+    info = json.loads((other / "dataset.json").read_text())
+    info["vocabularies"]["items"]["size"] += 7
+    (other / "dataset.json").write_text(json.dumps(info))
+    told = refusal(other, out)
+    assert f"UserError: {out} holds a run on another dataset than {other} is now" in told
+    assert told.endswith("restore the dataset to continue it, or choose another --out")
+
+    folder = checkpoint_folder(out, 5)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"dataset": DatasetInfo.load(other).fingerprint}))
+    told = refusal(other, out)
+    assert f"UserError: checkpoint {folder} does not fit this run: " in told
     assert told.endswith("; it was written for other tables or another model")

@@ -103,7 +103,8 @@ def test_more_ranks_than_samples_of_a_step_neither_hang_nor_drop_one(tmp_path, k
     assert {epoch: sorted(found) for epoch, found in audit(tmp_path / "four").items()} == dict.fromkeys(
         range(3), expected
     )
-    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    # Logits of the full softmax reach 1 / temperature = 20, where neighbouring float32 numbers lie 1.9e-6 apart.
+    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-5, abs=2e-6)
 
 
 @pytest.mark.parametrize("kind", ["ranking", "sampled_softmax"])
@@ -125,8 +126,9 @@ def variants(dataset, tmp_path_factory):
     settings = {
         "plain": [few],
         "bf16": [few, "trainer.precision=bf16"],
-        "held still": [few, "optimizer.lr=1e-12"],
-        "clipped": [few, "optimizer.clip_norm=1e-6", "optimizer.eps=1e-3"],
+        "one step": ["trainer.max_steps=1", "optimizer.eps=1e-3"],
+        "one clipped step": ["trainer.max_steps=1", "optimizer.eps=1e-3", "optimizer.clip_norm=1e-6"],
+        "one idle step": ["trainer.max_steps=1", "optimizer.lr=1e-12"],
         "dropout": [few, "model.dropout=0.3"],
         "dropout again": [few, "model.dropout=0.3"],
         "dropout of another seed": [few, "model.dropout=0.3", "trainer.seed=1"],
@@ -167,18 +169,14 @@ def test_bf16_is_near_fp32_and_not_equal_to_it(variants):
 
 
 def test_clipping_reports_the_norm_before_it_and_shrinks_dense_updates_only(variants):
-    assert lines(variants["clipped"])[0] == lines(variants["plain"])[0]
-    tensors = {name: final_tensors(variants[name]) for name in ("plain", "clipped", "held still")}
-
-    def moved(run: str, prefix: str) -> float:
-        names = [name for name in tensors[run] if name.startswith(prefix)]
-        return max(float((tensors[run][name] - tensors["held still"][name]).abs().max()) for name in names)
-
-    assert moved("plain", "weights/model.") > 1e-2
+    assert lines(variants["one clipped step"]) == lines(variants["one step"])
+    plain, clipped, idle = (final_tensors(variants[f"one {name}step"]) for name in ("", "clipped ", "idle "))
+    dense = [name for name in plain if name.startswith("weights/model.")]
+    assert max(float((plain[name] - idle[name]).abs().max()) for name in dense) > 0.5 * 0.003
     # A gradient of norm 1e-6 over an eps of 1e-3 moves a weight by at most a thousandth of the learning rate.
-    assert moved("clipped", "weights/model.") < 9 * 0.003 * 1e-3 * 1.01
-    # Beside dense weights that hardly move either, tables learn as if nothing were clipped.
-    assert moved("clipped", "weights/lookup.") < 1e-3
+    assert 0 < max(float((clipped[name] - idle[name]).abs().max()) for name in dense) < 1e-3 * 0.003 * 1.1
+    tables = [name for name in plain if name.startswith(("weights/lookup.", "tables/"))]
+    assert not differing({name: plain[name] for name in tables}, {name: clipped[name] for name in tables})
 
 
 def test_dropout_is_a_function_of_the_seed(variants):
@@ -241,6 +239,6 @@ def test_a_loss_that_is_not_finite_stops_every_rank_before_the_update(dataset, t
     configs = [config_of(dataset, "ranking", f"trainer.max_steps={last}") for last in (2, 9)]
     results = run_ranks(break_a_weight, *configs, tmp_path / "out", world_size=world_size)
     for said, tables_stayed, dense_stayed in results:
-        assert "loss is not finite; stopped before the update" in said
+        assert "the loss is not finite; stopped before the update" in said
         assert tables_stayed
         assert dense_stayed

@@ -1,0 +1,103 @@
+"""The gradients of the bias weights from what bias_kernel sums up."""
+
+# T = events of all sequences, N = max_seq_len, H = heads, R = C = queries and keys of a tile
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .operator import Problem
+from .triton_kernels.bias_gradient import Buckets, bias_kernel
+from .triton_launch import (
+    Launch,
+    bias_of,
+    blocks_for,
+    events_of,
+    options_of,
+    scale_of,
+    sequences_of,
+    variant_of,
+)
+
+NUM_PROGRAMS = 2048
+"""About how many programs there are if sequences allow it: several for every multiprocessor of any device."""
+NUM_COPIES = 64
+LARGEST_SUM = 2.0**62
+
+
+@dataclass(frozen=True)
+class BiasPass:
+    """The sums of bias_kernel and its launch, which fills them."""
+
+    max_seq_len: int
+    num_tiles: int
+    bands: Tensor | None
+    """`[bands, chunks, R, C]` float32, from the band farthest above the diagonal to that farthest below."""
+    buckets: Buckets | None
+    launch: Launch
+
+    @classmethod
+    def of(cls, problem: Problem, dout: Tensor, target: str) -> "BiasPass":
+        """The pass for a problem with a bias and at least one event."""
+        blocks = blocks_for("bias", problem, target)
+        sequences = sequences_of(problem, blocks.rows)
+        # Only contextual queries see keys behind themselves.
+        num_bands = 2 * sequences.num_tiles - 1 if problem.mask.num_contextual else sequences.num_tiles
+        num_sequences = len(problem.offsets) - 1
+        num_chunks = min(max(1, NUM_PROGRAMS // num_bands), num_sequences)
+        bands = buckets = None
+        if problem.position_weight is not None:
+            shape = (num_bands, num_chunks, blocks.rows, blocks.keys)
+            bands = torch.empty(shape, dtype=torch.float32, device=dout.device)
+        if problem.time_weight is not None:
+            sums = torch.zeros(NUM_COPIES, len(problem.time_weight), dtype=torch.int64, device=dout.device)
+            buckets = Buckets(sums, _units_per_one(problem, dout), *sums.shape)
+        events = [events_of(x) for x in (problem.q, problem.k, problem.v, dout)]
+        arguments = (
+            *events,
+            bands,
+            buckets,
+            scale_of(problem),
+            sequences,
+            num_sequences,
+            num_chunks,
+            num_bands,
+            bias_of(problem),
+            problem.alpha / 2,
+        )
+        variant = variant_of(problem, blocks, target)
+        launch = Launch(bias_kernel, num_bands * num_chunks, arguments, variant, options_of(blocks))
+        return cls(problem.max_seq_len, sequences.num_tiles, bands, buckets, launch)
+
+    def position_gradient(self) -> Tensor:
+        """`[2 N - 1]` float64."""
+        assert self.bands is not None, "there are bands where there are position weights"
+        sums_BRC = self.bands.sum(1, dtype=torch.float64)
+        num_bands, tile, _ = sums_BRC.shape
+        # Padding each row by R and reading rows one shorter moves row r by r places: diagonals become columns.
+        padded = F.pad(sums_BRC.flip(2), (0, tile)).flatten(1)
+        diagonals = padded[:, : tile * (2 * tile - 1)].view(num_bands, tile, 2 * tile - 1).sum(1)
+        # The diagonals of a band are the last ones of the band before, and new ones.
+        grad = F.pad(diagonals[:, :tile].flatten(), (0, tile))
+        grad[tile:] += F.pad(diagonals[:, tile:], (0, 1)).flatten()
+        first = (self.num_tiles - num_bands) * tile - (tile - 1)
+        wanted = -(self.max_seq_len - 1)
+        grad = F.pad(grad, (max(first - wanted, 0), 2 * self.max_seq_len))
+        return grad[max(wanted - first, 0) :][: 2 * self.max_seq_len - 1]
+
+    def time_gradient(self) -> Tensor:
+        """`[K + 1]` float64."""
+        assert self.buckets is not None, "there are buckets where there are time weights"
+        return self.buckets.sums.sum(0) / self.buckets.units_per_one.double()
+
+
+def _units_per_one(problem: Problem, dout: Tensor) -> Tensor:
+    """How many integer units make 1, so that no sum of gradients of the scores, each below a bound, overflows."""
+    num_events, num_heads, _ = problem.v.shape
+    dout_TH, v_TH = (torch.linalg.vector_norm(x, dim=2, dtype=torch.float32) for x in (dout, problem.v))
+    longest_dout, longest_v = (dout_TH * problem.scale[:, None]).abs().amax().double(), v_TH.amax().double()
+    # The derivative of SiLU is below 1.1.
+    bound = 1.2 * longest_dout * longest_v * num_heads * num_events * problem.max_seq_len
+    return (LARGEST_SUM / bound).clamp(max=2.0**126).float()

@@ -1,0 +1,155 @@
+"""What the Triton kernels of HSTU attention are launched with."""
+
+# T = events of all sequences, B = sequences, H = heads, D = head width
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .bias import bucket_thresholds
+from .operator import Problem
+from .triton_blocks import DESCRIPTOR_TARGETS, INTERPRETER, Blocks, blocks_of
+from .triton_kernels.backward import keys_kernel, queries_kernel
+from .triton_kernels.forward import forward_kernel
+from .triton_kernels.scores import Bias, Events, Scale, Sequences, Variant
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, and all that it is called with."""
+
+    kernel: Any
+    num_programs: int
+    arguments: tuple[Any, ...]
+    variant: Variant
+    options: dict[str, int]
+
+    def start(self) -> None:
+        """Run it on the device of its tensors."""
+        if self.num_programs == 0:
+            return
+        with torch.cuda.device_of(self.arguments[0].data):  # type: ignore[no-untyped-call]
+            self.kernel[(self.num_programs,)](*self.arguments, self.variant, **self.options)
+
+    def compile(self) -> Any:
+        """Compile it for the active driver's target, without running it."""
+        return self.kernel.warmup(*self.arguments, self.variant, grid=(self.num_programs,), **self.options)
+
+
+def forward_launch(problem: Problem, out: Tensor, target: str) -> Launch:
+    """Write the attention to out `[T, H, Dv]`."""
+    blocks = blocks_for("forward", problem, target)
+    sequences = sequences_of(problem, blocks.rows)
+    events = [events_of(x) for x in (problem.q, problem.k, problem.v, out)]
+    tiles = [_tiles(x, blocks.keys, target) for x in (problem.k, problem.v)]
+    return _launch(forward_kernel, problem, blocks, target, sequences, *events, *tiles)
+
+
+def keys_launch(problem: Problem, dout: Tensor, dk: Tensor, dv: Tensor, target: str) -> Launch:
+    """Write the gradients of k and v to dk and dv."""
+    is_uniform = problem.scale.stride(0) == 0
+    blocks = blocks_for("keys" if is_uniform else "keys_scaled", problem, target)
+    sequences = sequences_of(problem, blocks.keys)
+    events = [events_of(x) for x in (problem.q, problem.k, problem.v, dout, dk, dv)]
+    tiles = [_tiles(x, blocks.rows, target) for x in (problem.q, dout)]
+    return _launch(keys_kernel, problem, blocks, target, sequences, *events, *tiles)
+
+
+def queries_launch(problem: Problem, dout: Tensor, dq: Tensor, dscale: Tensor | None, target: str) -> Launch:
+    """Write the gradient of q to dq, and that of the scale by head to dscale `[T, H, 1]`, if it is there."""
+    blocks = blocks_for("queries", problem, target)
+    sequences = sequences_of(problem, blocks.rows)
+    events = [events_of(x) for x in (problem.q, problem.k, problem.v, dout, dq)]
+    dscale_events = None if dscale is None else events_of(dscale)
+    tiles = [_tiles(x, blocks.keys, target) for x in (problem.k, problem.v)]
+    return _launch(queries_kernel, problem, blocks, target, sequences, *events, dscale_events, *tiles)
+
+
+def blocks_for(kernel: str, problem: Problem, target: str) -> Blocks:
+    """The tiles of a kernel for the dtype and head widths of a problem."""
+    width = max(problem.q.shape[2], problem.v.shape[2])
+    return blocks_of(kernel, target, width, problem.q.dtype, biased=problem.bias is not None)
+
+
+def options_of(blocks: Blocks) -> dict[str, int]:
+    """The launch options of a kernel."""
+    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    return options if blocks.max_registers is None else {**options, "maxnreg": blocks.max_registers}
+
+
+def variant_of(problem: Problem, blocks: Blocks, target: str) -> Variant:
+    """What a kernel is compiled for."""
+    dqk, dv = problem.q.shape[2], problem.v.shape[2]
+    return Variant(
+        mask=problem.mask,
+        has_targets=problem.num_targets is not None,
+        uniform_scale=problem.scale.stride(0) == 0,
+        hardware_tanh=target.startswith("sm_") and problem.q.dtype != torch.float32,
+        interpreted=target == INTERPRETER,
+        dqk=dqk,
+        dv=dv,
+        block_dqk=_padded(dqk),
+        block_dv=_padded(dv),
+        rows=blocks.rows,
+        keys=blocks.keys,
+        edge_rows=max(16, blocks.rows // 2),
+        edge_keys=max(16, blocks.keys // 2),
+    )
+
+
+def sequences_of(problem: Problem, tile: int) -> Sequences:
+    """Where the sequences are, for kernels with a program per `tile` events of each."""
+    order = torch.argsort(problem.offsets.diff(), descending=True, stable=True)
+    num_tiles = triton.cdiv(problem.max_seq_len, tile)
+    return Sequences(problem.offsets, problem.num_targets, order, problem.q.shape[1], num_tiles)
+
+
+def events_of(x_THD: Tensor) -> Events:
+    """A tensor as the kernels take it; copied if its last dimension has holes."""
+    if x_THD.stride(2) != 1:
+        x_THD = x_THD.contiguous()
+    return Events(x_THD, x_THD.stride(0), x_THD.stride(1))
+
+
+def scale_of(problem: Problem) -> Scale:
+    """The scale as the kernels take it."""
+    return Scale(problem.scale, problem.scale.stride(0))
+
+
+def bias_of(problem: Problem) -> Bias | None:
+    """The relative bias as the kernels take it."""
+    bias = problem.bias
+    if bias is None:
+        return None
+    query_timestamps = bias.timestamps if bias.query_timestamps is None else bias.query_timestamps
+    if bias.time_weight is None:
+        return Bias(bias.position_weight, None, None, None, None, 0, problem.max_seq_len)
+    thresholds = bucket_thresholds(len(bias.time_weight) - 1, problem.q.device)
+    last = len(thresholds) - 1
+    times = (bias.timestamps, query_timestamps)
+    return Bias(bias.position_weight, bias.time_weight, *times, thresholds, last, problem.max_seq_len)
+
+
+def _tiles(x_THD: Tensor, rows: int, target: str) -> TensorDescriptor | None:
+    """Tiles of `rows` events for the tensor memory accelerator, if the device has one and strides suit it."""
+    if target not in DESCRIPTOR_TARGETS or x_THD.stride(2) != 1 or x_THD.data_ptr() % 16:
+        return None
+    strides = x_THD.stride()
+    if any(stride == 0 or stride * x_THD.element_size() % 16 for stride in strides[:2]) or 0 in x_THD.shape:
+        return None
+    return TensorDescriptor(x_THD, list(x_THD.shape), list(strides), [rows, 1, _padded(x_THD.shape[2])])
+
+
+def _padded(width: int) -> int:
+    """How many columns a tile has for heads of this width."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def _launch(kernel: Any, problem: Problem, blocks: Blocks, target: str, sequences: Sequences, *events: Any) -> Launch:
+    num_programs = (len(problem.offsets) - 1) * sequences.num_heads * sequences.num_tiles
+    arguments = (*events, scale_of(problem), sequences, bias_of(problem), problem.alpha / 2)
+    return Launch(kernel, num_programs, arguments, variant_of(problem, blocks, target), options_of(blocks))

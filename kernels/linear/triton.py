@@ -1,0 +1,107 @@
+"""One matrix product for both projections of a layer, with what follows it done before it leaves the chip.
+
+Why fuse the epilogue and nothing more, per token at width 512 and 2048 columns in bf16 (estimates from data sheets of
+an H100, 3.3 TB/s and about 600 TFLOP/s reached, not measurements): the product takes 3.5 ns; writing its result 1.2 and
+SiLU in a pass of its own 2.5 more. The norm in front is a pass of its own: each row of its output is read by every
+column of tiles, so that inside the product its statistics would be computed sixteen times.
+"""
+
+# T = tokens, N = columns of the result, K = columns of a token, A = activated columns
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launching import Launch
+
+
+@triton.jit
+def linear_kernel(
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    before_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    num_columns: tl.tensor,
+    width: tl.tensor,
+    num_activated: tl.tensor,
+    scale: tl.tensor,
+    widen: tl.constexpr,
+    tile_T: tl.constexpr,
+    tile_N: tl.constexpr,
+    tile_K: tl.constexpr,
+) -> None:
+    """A tile of `scale * x W^T + bias + residual`, its first columns through SiLU and, before it, into before."""
+    # Tiles of the same tokens run side by side and share them in the cache; the weight stays there anyway.
+    num_tiles_N = tl.cdiv(num_columns, tile_N)
+    rows_T = (tl.program_id(0) // num_tiles_N).to(tl.int64) * tile_T + tl.arange(0, tile_T)
+    columns_N = (tl.program_id(0) % num_tiles_N) * tile_N + tl.arange(0, tile_N)
+    has_row, has_column = rows_T < num_rows, columns_N < num_columns
+    inner_K = tl.arange(0, tile_K)
+    x_TK = x_ptr + rows_T[:, None] * width + inner_K[None, :]
+    weight_KN = weight_ptr + columns_N[None, :].to(tl.int64) * width + inner_K[:, None]
+    sum_TN = tl.zeros((tile_T, tile_N), dtype=tl.float32)
+    for start in range(0, width, tile_K):
+        has_inner = start + inner_K < width
+        x = tl.load(x_TK + start, mask=has_row[:, None] & has_inner[None, :], other=0.0)
+        weight = tl.load(weight_KN + start, mask=has_inner[:, None] & has_column[None, :], other=0.0)
+        if widen:
+            x, weight = x.to(tl.float32), weight.to(tl.float32)
+        # Products of float32 keep all its bits, as those of torch.mm do.
+        sum_TN = tl.dot(x, weight, sum_TN, input_precision="ieee")
+
+    sum_TN *= scale
+    if bias_ptr is not None:
+        sum_TN += tl.load(bias_ptr + columns_N, mask=has_column, other=0.0).to(tl.float32)[None, :]
+    place_TN = rows_T[:, None] * num_columns + columns_N[None, :]
+    mask_TN = has_row[:, None] & has_column[None, :]
+    if residual_ptr is not None:
+        sum_TN += tl.load(residual_ptr + place_TN, mask=mask_TN, other=0.0).to(tl.float32)
+    if before_ptr is not None:
+        is_activated = columns_N < num_activated
+        before = before_ptr + rows_T[:, None] * num_activated + columns_N[None, :]
+        tl.store(before, sum_TN.to(before_ptr.dtype.element_ty), mask=mask_TN & is_activated[None, :])
+        sum_TN = tl.where(is_activated[None, :], sum_TN * tl.sigmoid(sum_TN), sum_TN)
+    tl.store(out_ptr + place_TN, sum_TN.to(out_ptr.dtype.element_ty), mask=mask_TN)
+
+
+def linear_launch(
+    x_TK: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    out_TN: Tensor,
+    *,
+    residual_TN: Tensor | None = None,
+    before_TA: Tensor | None = None,
+    scale: float = 1.0,
+) -> Launch:
+    """Write `scale * x W^T + b + residual` to out; with `before`, its first A columns there, and through SiLU to out.
+
+    x and W are contiguous, and of one dtype.
+    """
+    num_rows, num_columns = out_TN.shape
+    halves = x_TK.dtype != torch.float32
+    tile_T, tile_N, tile_K = (128, 128, 64) if halves else (64, 64, 32)
+    arguments = {
+        "x_ptr": x_TK,
+        "weight_ptr": weight_NK,
+        "bias_ptr": bias_N,
+        "residual_ptr": residual_TN,
+        "out_ptr": out_TN,
+        "before_ptr": before_TA,
+        "num_rows": num_rows,
+        "num_columns": num_columns,
+        "width": x_TK.shape[1],
+        "num_activated": 0 if before_TA is None else before_TA.shape[1],
+        "scale": scale,
+        # The interpreter multiplies the bits of bfloat16 as if they were integers.
+        "widen": x_TK.device.type == "cpu",
+        "tile_T": tile_T,
+        "tile_N": tile_N,
+        "tile_K": tile_K,
+    }
+    grid = (triton.cdiv(num_rows, tile_T) * triton.cdiv(num_columns, tile_N),)
+    return Launch(linear_kernel, grid, arguments, {"num_warps": 8 if halves else 4, "num_stages": 3})

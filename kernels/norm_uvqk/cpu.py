@@ -1,0 +1,64 @@
+"""norm_uvqk in plain torch: forward and hand-written backward, which normalises x again instead of keeping it."""
+
+# T = events of all sequences, E = model width, N = columns of u, v, q and k together, A = activated columns
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layer_norm import affine, normalize, normalize_again, normalize_backward
+
+silu_backward = torch.ops.aten.silu_backward
+
+
+def forward(
+    x_TE: Tensor,
+    weight_NE: Tensor,
+    bias_N: Tensor | None,
+    norm_weight_E: Tensor | None,
+    norm_bias_E: Tensor | None,
+    num_activated: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """uvqk `[T, N]`; for the backward its activated columns before SiLU `[T, A]`, mean and 1 / deviation of x."""
+    wide = x_TE.to(torch.promote_types(x_TE.dtype, torch.float32))
+    normed_TE, mean, rstd = normalize(wide, eps)
+    normed_TE = affine(normed_TE, norm_weight_E, norm_bias_E)
+    uvqk_TN = F.linear(normed_TE.to(weight_NE.dtype), weight_NE, bias_N)
+    if num_activated == len(weight_NE):
+        return F.silu(uvqk_TN), uvqk_TN, mean, rstd
+    before_TA = uvqk_TN[:, :num_activated].clone()
+    F.silu(uvqk_TN[:, :num_activated], inplace=True)
+    return uvqk_TN, before_TA, mean, rstd
+
+
+def backward(
+    duvqk_TN: Tensor,
+    x_TE: Tensor,
+    weight_NE: Tensor,
+    bias_N: Tensor | None,
+    norm_weight_E: Tensor | None,
+    norm_bias_E: Tensor | None,
+    before_TA: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and the norm's weight and bias; empty where there is none."""
+    num_activated = before_TA.shape[1]
+    if num_activated == len(weight_NE):
+        dlinear_TN = silu_backward(duvqk_TN, before_TA)
+    else:
+        dlinear_TN = duvqk_TN.clone()
+        dlinear_TN[:, :num_activated] = silu_backward(duvqk_TN[:, :num_activated], before_TA)
+    wide = x_TE.to(mean.dtype)
+    normed_TE = normalize_again(wide, mean, rstd)
+    affine_TE = affine(normed_TE, norm_weight_E, norm_bias_E)
+    dweight_NE = dlinear_TN.t() @ affine_TE.to(weight_NE.dtype)
+    dbias_N = weight_NE.new_empty(0) if bias_N is None else dlinear_TN.sum(0)
+    dnormed_TE = (dlinear_TN @ weight_NE).to(mean.dtype)
+    dnorm_weight_E, dnorm_bias_E = mean.new_empty(0), mean.new_empty(0)
+    if norm_weight_E is not None:
+        dnorm_weight_E, dnorm_bias_E = (dnormed_TE * normed_TE).sum(0), dnormed_TE.sum(0)
+        dnormed_TE.mul_(norm_weight_E)
+    dx_TE = normalize_backward(dnormed_TE, wide, mean, rstd).to(x_TE.dtype)
+    return dx_TE, dweight_NE, dbias_N, dnorm_weight_E, dnorm_bias_E

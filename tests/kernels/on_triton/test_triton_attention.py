@@ -1,0 +1,207 @@
+"""The Triton backend of hstu_attention: on the GPU, or in the interpreter if TRITON_INTERPRET=1 was set from the start.
+
+Without either all is skipped here, and test_triton_interpreter.py runs it.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_cases import MASKS, Case, assert_as_exact_as_plain_torch, attend, bias_of, inputs_of
+from attention_cases import outputs_and_gradients as outputs_and_gradients_of
+from hypothesis import given, seed, settings
+from hypothesis import strategies as st
+
+from ultrarec.kernels import AttentionMask, hstu_attention
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# In the interpreter tiles are of 16 or 32 queries and keys: these lengths are at and off their edges.
+LENGTHS = (0, 1, 31, 33, 0, 7, 80, 64)
+
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"
+)
+
+
+def case_of(**fields: object) -> Case:
+    return Case(**{"lengths": LENGTHS, "num_heads": 1, "dqk": 8, "dv": 8, "device": DEVICE, **fields})
+
+
+def assert_exact(**fields: object) -> None:
+    assert_as_exact_as_plain_torch(case_of(**fields), "triton")
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+class TestAgainstTheDefinition:
+    @pytest.mark.parametrize("targets", [False, True], ids=["history", "targets"])
+    @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+    def test_every_mask_with_both_biases(self, mask: AttentionMask, targets: bool) -> None:
+        assert_exact(lengths=(80, 0, 33), mask=mask, targets=targets, bias="position time query", scale="tensor")
+
+    @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+    def test_every_mask_without_bias(self, mask: AttentionMask) -> None:
+        assert_exact(mask=mask)
+
+    @pytest.mark.parametrize("bias", ["position", "time", "time query", "position time"])
+    def test_each_part_of_the_bias_alone(self, bias: str) -> None:
+        assert_exact(lengths=(33, 1, 50), num_heads=2, bias=bias)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+    @pytest.mark.parametrize("bias", ["", "position time query"], ids=["unbiased", "biased"])
+    def test_half_precision(self, dtype: torch.dtype, bias: str) -> None:
+        assert_exact(lengths=(80, 33), dtype=dtype, bias=bias, scale="tensor", mask=MASKS["all"], targets=True)
+
+    @pytest.mark.parametrize("lengths", [(0,), (0, 0, 0), (1,), (1, 1, 1), (16,), (32,), (65, 5, 64)])
+    def test_lengths_at_the_edges_of_tiles(self, lengths: tuple[int, ...]) -> None:
+        assert_exact(lengths=lengths, bias="position time", scale="tensor")
+
+    @pytest.mark.parametrize(("dqk", "dv"), [(1, 1), (5, 33), (25, 25), (50, 96), (256, 128)])
+    def test_head_widths_that_differ_and_are_no_power_of_two(self, dqk: int, dv: int) -> None:
+        assert_exact(lengths=(40, 3), num_heads=3, dqk=dqk, dv=dv)
+
+    @pytest.mark.parametrize("scale", ["default", "number", "tensor"])
+    def test_every_form_of_scale(self, scale: str) -> None:
+        assert_exact(scale=scale)
+
+    def test_max_seq_len_beyond_the_longest_sequence(self) -> None:
+        assert_exact(lengths=(40, 3), slack=50, bias="position", mask=MASKS["contextual"])
+
+    def test_sequences_shorter_than_the_contextual_tokens_see_only_themselves(self) -> None:
+        mask = AttentionMask(num_contextual=4)
+        assert_exact(lengths=(1, 2, 3, 4, 9), mask=mask, targets=True, bias="position")
+        assert_exact(lengths=(1, 2, 3, 4, 9), mask=mask, bias="position")
+
+    @pytest.mark.parametrize("num_contextual", [31, 40])
+    def test_more_contextual_tokens_than_a_tile_has_queries(self, num_contextual: int) -> None:
+        assert_exact(lengths=(100, 35), mask=AttentionMask(num_contextual=num_contextual, window=20, prefix=50))
+
+    def test_more_targets_than_a_tile_has_queries(self) -> None:
+        lengths, num_targets = (100, 70), torch.tensor([70, 70], device=DEVICE)
+        for mask in (MASKS["causal"], MASKS["all"]):
+            case = case_of(lengths=lengths, mask=mask)
+            inputs = inputs_of(case)
+            offsets = torch.tensor([0, 100, 170], device=DEVICE)
+            outs = [
+                hstu_attention(
+                    inputs["q"], inputs["k"], inputs["v"], offsets, max_seq_len=100, num_targets=num_targets, mask=mask,
+                    backend=backend,
+                )
+                for backend in ("reference", "triton")
+            ]  # fmt: skip
+            torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+
+
+# Only float32: in few and short sequences the error of bfloat16 is too much a matter of luck for a factor of 2.
+COUNTS = st.sampled_from([0, 0, 1, 3, 17, 40])
+
+
+@seed(0)
+@settings(max_examples=300 if torch.cuda.is_available() else 25, deadline=None, database=None)
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=2).map(tuple),
+    mask=st.builds(AttentionMask, window=COUNTS, full_tail=COUNTS, prefix=COUNTS, num_contextual=COUNTS),
+    targets=st.booleans(),
+    bias=st.sampled_from(["", "", "", "position", "time query", "position time"]),
+    scale=st.sampled_from(["default", "tensor"]),
+    widths=st.sampled_from([(4, 4), (9, 5), (16, 24)]),
+)
+@pytest.mark.timeout(600)
+def test_any_call_is_as_exact_as_plain_torch(widths: tuple[int, int], **fields: object) -> None:
+    assert_exact(dqk=widths[0], dv=widths[1], **fields)
+
+
+def test_strided_views_give_the_same_result_as_copies() -> None:
+    torch.manual_seed(0)
+    offsets = torch.tensor([0, 40, 41, 100], device=DEVICE)
+    packed = torch.randn(100, 4, 2, 16, device=DEVICE, requires_grad=True)
+    _, v, q, k = packed.unbind(1)
+    viewed = hstu_attention(q, k, v, offsets, max_seq_len=100, backend="triton")
+    copies = (x.contiguous() for x in (q, k, v))
+    copied = hstu_attention(*copies, offsets, max_seq_len=100, backend="triton")
+    assert not q.is_contiguous()
+    assert torch.equal(viewed, copied)
+    dout = torch.randn(16, 2, 100, device=DEVICE).permute(2, 1, 0)
+    strided, plain = torch.autograd.grad(viewed, packed, dout), torch.autograd.grad(copied, packed, dout.contiguous())
+    assert torch.equal(strided[0], plain[0])
+
+
+def test_repeated_calls_give_the_same_bits() -> None:
+    case = case_of(lengths=(70, 9), bias="position time query", scale="tensor", targets=True, mask=MASKS["all"])
+    first, second = (outputs_and_gradients_of(case, "triton") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_int32_offsets_give_the_same_result() -> None:
+    case = case_of(lengths=(40, 3))
+    wide, narrow = (
+        outputs_and_gradients_of(replace(case, offsets_dtype=dtype), "triton") for dtype in (torch.int64, torch.int32)
+    )
+    assert all(torch.equal(wide[name], narrow[name]) for name in wide)
+
+
+def test_nan_in_one_sequence_stays_there() -> None:
+    case = case_of(lengths=(40, 37, 35), num_heads=2)
+    inputs = inputs_of(case)
+    clean = attend(case, inputs, "triton")
+    for x in inputs.values():
+        x[40:77] = float("nan")
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    out = attend(case, inputs, "triton")
+    assert torch.equal(out[:40], clean[:40])
+    assert torch.equal(out[77:], clean[77:])
+    for grad in torch.autograd.grad(out.sum(), list(inputs.values())):
+        assert grad[:40].isfinite().all()
+        assert grad[77:].isfinite().all()
+        assert grad[40:77].isnan().all()
+
+
+def test_the_operator_passes_opcheck() -> None:
+    case = case_of(lengths=(5, 0, 7), bias="position time query", scale="tensor")
+    inputs = {name: x.requires_grad_() for name, x in inputs_of(case).items()}
+    relative = bias_of(case, inputs)
+    assert relative is not None
+    hstu_attention(
+        inputs["q"], inputs["k"], inputs["v"], torch.tensor([0, 12], device=DEVICE), max_seq_len=12, backend="triton"
+    )
+    times = (relative.timestamps, relative.query_timestamps)
+    args = (inputs["q"], inputs["k"], inputs["v"], inputs["scale"], *list(inputs.values())[3:5], *times)
+    counts = (torch.tensor([0, 5, 5, 12], device=DEVICE), torch.tensor([2, 0, 1], device=DEVICE))
+    torch.library.opcheck(torch.ops.ultrarec.hstu_attention_triton.default, (*args, *counts, 7, 0.25, [3, 1, 1, 1]))
+
+
+def test_torch_compile_makes_one_graph_with_the_same_result() -> None:
+    torch.compiler.reset()
+    offsets = torch.tensor([0, 5, 5, 40, 43], device=DEVICE)
+
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return hstu_attention(2 * q, k, v, offsets, max_seq_len=40, backend="triton").relu()
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (model, compiled):
+        torch.manual_seed(0)
+        inputs = [torch.randn(43, 1, 8, device=DEVICE, requires_grad=True) for _ in range(3)]
+        out = function(*inputs)
+        results.append([out, *torch.autograd.grad(out.sum(), inputs)])
+    assert all(torch.equal(eager, traced) for eager, traced in zip(*results, strict=True))
+
+
+def test_float64_is_refused_with_a_remedy() -> None:
+    x = torch.ones(2, 1, 4, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(ValueError, match="backend='triton' takes no float64; choose backend='cpu'"):
+        hstu_attention(x, x, x, torch.tensor([0, 2], device=DEVICE), max_seq_len=2, backend="triton")
+
+
+def test_heads_above_256_are_refused_with_a_remedy() -> None:
+    x = torch.ones(2, 1, 257, device=DEVICE)
+    with pytest.raises(ValueError, match="takes heads up to 256 wide, not 257; choose backend='cpu'"):
+        hstu_attention(x, x, x, torch.tensor([0, 2], device=DEVICE), max_seq_len=2, backend="triton")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU values are not read")
+def test_the_interpreter_checks_values() -> None:
+    x = torch.ones(2, 1, 4)
+    with pytest.raises(ValueError, match="sequence 0 has 2 events, outside"):
+        hstu_attention(x, x, x, torch.tensor([0, 2]), max_seq_len=1, backend="triton")

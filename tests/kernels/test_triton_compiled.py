@@ -1,0 +1,52 @@
+"""The Triton kernels as they ship, compiled for devices that this machine lacks: nothing spilled, tensor cores in use.
+
+Compiling needs no GPU. It happens in a process of its own, because the interpreter cannot be left once chosen.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOOL = Path(__file__).parents[1] / "compile_attention.py"
+# What a block may have at most: bytes of shared memory (LDS on AMD).
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10}
+TENSOR_INSTRUCTION = {
+    "sm_80": "mma.sync",
+    "sm_90": "wgmma",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+    "gfx950": "v_mfma",
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(TOOL)]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return [json.loads(line) for line in output.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_no_shipped_kernel_spills_or_outgrows_its_device(compiled: list[dict[str, Any]]) -> None:
+    assert {kernel["target"] for kernel in compiled} == SHARED_MEMORY.keys()
+    for kernel in compiled:
+        assert kernel["spilled"] == 0, kernel
+        assert kernel["registers"] >= 64, kernel
+        assert kernel["shared"] <= SHARED_MEMORY[kernel["target"]], kernel
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_shipped_kernel_multiplies_on_tensor_cores(compiled: list[dict[str, Any]]) -> None:
+    for kernel in compiled:
+        # Tiles of the bias gradient are 16 x 16: too small for the instructions of a group of warps.
+        wanted = "mma.sync" if kernel["kernel"] == "bias" else TENSOR_INSTRUCTION[kernel["target"]]
+        assert wanted in kernel["tensor_instructions"], kernel

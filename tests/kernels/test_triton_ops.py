@@ -1,0 +1,112 @@
+"""The Triton kernels around the attention without a GPU: interpreted, and compiled ahead for each architecture."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from fused_ops import INTERPRETED
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ultrarec.kernels.gated_output import triton as gated_output
+from ultrarec.kernels.launching import Launch
+from ultrarec.kernels.linear.triton import linear_launch
+from ultrarec.kernels.norm_uvqk import triton as norm_uvqk
+
+HERE = Path(__file__).parent
+INTERPRETED_FILES = ("test_norm_uvqk.py", "test_gated_output.py")
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64),
+    "gfx950": (GPUTarget("hip", "gfx950", 64), 160),
+}
+"""Each with the KiB of shared memory that a program may have."""
+MATRIX_INSTRUCTION = {
+    "sm_80": "mma.sync",
+    "sm_90": "wgmma",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "mfma",
+    "gfx950": "mfma",
+}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_the_kernels_keep_every_promise_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", *(str(HERE / file) for file in INTERPRETED_FILES)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, check=False, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 80
+
+
+def launches() -> dict[str, Launch]:
+    """Every kernel at the width of the industrial models: bfloat16, 4 heads of 128, tokens of 512 in float32."""
+    num_tokens, width, heads, dim = 1000, 512, 4, 128
+    values = heads * dim
+    x, y = torch.empty(num_tokens, width), torch.empty(num_tokens, 3 * values, dtype=torch.bfloat16)
+    normed, uvqk = x.bfloat16(), torch.empty(num_tokens, 4 * values, dtype=torch.bfloat16)
+    weight, stats = torch.empty(4 * values, width, dtype=torch.bfloat16), torch.empty(num_tokens, 1)
+    affine, parts = (torch.empty(width), torch.empty(width)), torch.empty(2, 8, width)
+    u, a, seed = y[:, :values].contiguous(), y[:, :values].reshape(-1, heads, dim), torch.zeros(1, dtype=torch.int64)
+    gate = gated_output._arguments(u, a, *affine, seed, stats, stats, y, 0.3)
+    backward = gated_output.gate_backward_launch(gate, y, u, a, scale=1.4)
+    return {
+        "norm": norm_uvqk.norm_launch(x, *affine, normed, stats, stats, 1e-6),
+        "norm_backward": norm_uvqk.norm_backward_launch(normed, x, *affine, stats, stats, x, normed, parts),
+        "uvqk": linear_launch(normed, weight, weight[:, 0].contiguous(), uvqk, before_TA=uvqk[:, :values].contiguous()),
+        "output": linear_launch(y, torch.empty(width, 3 * values).bfloat16(), affine[0], x, residual_TN=x, scale=1.4),
+        "gate": gated_output.gate_launch(gate, eps=1e-6),
+        "gate_backward": backward,
+    }
+
+
+def compiled(launch: Launch, target: GPUTarget):
+    """The kernel as this launch would compile it, with what Triton learns from aligned arguments."""
+    arguments = {**launch.arguments, "widen": False} if "widen" in launch.arguments else launch.arguments
+    signature, constants, hints = {}, {}, {}
+    for place, parameter in enumerate(launch.kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[place,] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            hints[place,] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, hints)
+    return triton.compile(source, target=target, options=launch.options)
+
+
+def registers_and_stack(cubin: bytes, path: Path) -> tuple[int, int]:
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return int(registers), int(stack)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_kernel_compiles_without_spills_and_within_shared_memory(name, tmp_path):
+    target, shared_kib = TARGETS[name]
+    for kernel_name, launch in launches().items():
+        kernel = compiled(launch, target)
+        assert kernel.metadata.shared <= shared_kib * 1024, kernel_name
+        code = kernel.asm["ptx"] if target.backend == "cuda" else kernel.asm["amdgcn"]
+        if target.backend == "cuda":
+            _, stack = registers_and_stack(kernel.asm["cubin"], tmp_path / f"{kernel_name}.cubin")
+            assert stack == 0, kernel_name
+        else:
+            assert re.search(r"vgpr_spill_count: +0\b", code), kernel_name
+        if kernel_name in ("uvqk", "output"):
+            assert MATRIX_INSTRUCTION.get(name, "mfma") in code, kernel_name
