@@ -8,6 +8,7 @@ from torch import Tensor
 ONEDNN_FROM = 1 << 20
 """Multiplications from which one float32 product is left to oneDNN. torch.mm asks MKL, which has AVX-512 for Intel
 alone: on an EPYC core 128 x 64 x 1024 took 170 us there and 88 in oneDNN, whose calls start 10 us later."""
+HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 def multiplies_bfloat16(x: Tensor) -> bool:
@@ -35,7 +36,7 @@ def add_product_(sum_MRC: Tensor, a_MRK: Tensor, b_MKC: Tensor) -> None:
 
 
 def _onednn(a_MRK: Tensor, b_MKC: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(a_MRK[0], b_MKC[0].mT, None, "none", [], "")[None]
+    return torch.ops.mkldnn._linear_pointwise(a_MRK, b_MKC.mT[0], None, "none", [], "")
 
 
 def _worth_onednn(a_MRK: Tensor, b_MKC: Tensor) -> bool:
@@ -45,9 +46,9 @@ def _worth_onednn(a_MRK: Tensor, b_MKC: Tensor) -> bool:
         and num_rows * width * b_MKC.shape[2] >= ONEDNN_FROM
         and a_MRK.dtype is torch.float32
         and a_MRK.is_cpu
-        and _is_dense(a_MRK[0])
-        and _is_dense(b_MKC[0])
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and _is_dense(a_MRK)
+        and _is_dense(b_MKC)
+        and HAS_ONEDNN
     )
 
 
