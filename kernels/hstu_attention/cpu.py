@@ -31,21 +31,22 @@ def _attend(problem: Problem, out: Output, part: Part) -> None:
     """Write the output of a part."""
     group, dtype = part.plan.group, part.matmul_dtype(problem.q)
     q_MLD = part.rows_of(problem.q)
-    k_MLD, v_MLD = (part.rows_of(x).to(dtype).contiguous() for x in (problem.k, problem.v))
+    k_MLD = scaled(part.rows_of(problem.k), problem.alpha, dtype)
+    v_MLD = part.rows_of(problem.v).to(dtype).contiguous()
     scale_ML1 = group.scale_rows(problem.scale.to(sum_dtype(q_MLD)), part.matrices)
     out_MLD = out.part_of(group, part.matrices)
     bias = tile_bias(problem)
     for strips in part.plan.strips:
         rows = strips[0].rows
-        q_MRD = scaled(q_MLD[:, rows], problem.alpha, dtype)
+        q_MRD = q_MLD[:, rows].to(dtype).contiguous()
         out_MRD = scale_ML1.new_zeros(*q_MRD.shape[:2], v_MLD.shape[2])
         for strip in strips:
             bias_GRC = None if bias is None else bias.values(rows, strip.keys, part.plan.buckets(strip))
             for batch in part.batches():
                 scores_MRC = part.scores(strip, q_MRD[batch], k_MLD[batch, strip.keys], bias_GRC)
-                weights_MRC = F.silu(scores_MRC, inplace=True)
+                weights_MRC = F.silu(scores_MRC.to(scale_ML1.dtype), inplace=True).mul_(scale_ML1[batch, rows])
                 add_product_(out_MRD[batch], weights_MRC.to(dtype), v_MLD[batch, strip.keys])
-        out_MLD[:, rows] = out_MRD.mul_(scale_ML1[:, rows])
+        out_MLD[:, rows] = out_MRD
 
 
 def _backward(problem: Problem, dout: Tensor, needs_dscale: bool) -> Gradients:

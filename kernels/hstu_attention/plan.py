@@ -18,7 +18,7 @@ from .packing import SHORT, Group, Packing, pack_sequences
 from .tiles import Strip, strips_of
 
 STRIP_KEYS = 1024
-"""Most keys of a strip: 256 by 1024 scores in float32 fill an EPYC core's second cache; 512 keys took a seventh longer."""
+"""Most keys of a strip: 256 by 1024 float32 fill an EPYC core's second cache; 512 keys took a seventh longer."""
 HIDDEN = -1e30
 """Far below any score: SiLU of it, and the derivative, are zero, in every dtype that scores have."""
 NUM_REMEMBERED = 4
