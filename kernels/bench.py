@@ -25,8 +25,8 @@ CAUSAL = AttentionMask()
 SEMI_LOCAL = AttentionMask(window=256, full_tail=256)
 GEMM_SIZE = 2048
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SECONDS = 3.0
-"""How long the variants of one comparison take turns, at least; and each gets three."""
+SECONDS, TURN_SECONDS = 3.0, 0.2
+"""How long the variants of one comparison take turns, at least; each gets three, of at least the second number."""
 PADDED_TENSORS = 5
 """Tensors of B * H * N * N elements that the padded formulation holds at its peak."""
 
@@ -183,18 +183,25 @@ def measure_memory(length: int) -> Memory:
 
 
 def fastest(variants: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """The seconds of the fastest run of each variant; they take turns, after one run that is not counted."""
+    """The seconds of the fastest run of each variant; they take turns of two runs or more, the first of them to warm."""
     best = dict.fromkeys(variants, float("inf"))
-    for run in variants.values():
-        run()
     start, rounds = time.perf_counter(), 0
     while rounds < 3 or time.perf_counter() - start < SECONDS:
         for name, run in variants.items():
-            begin = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - begin)
+            best[name] = min(best[name], *_turn(run))
         rounds += 1
     return best
+
+
+def _turn(run: Callable[[], object]) -> list[float]:
+    """The seconds of several runs in a row."""
+    run()
+    start, seconds = time.perf_counter(), []
+    while not seconds or time.perf_counter() - start < TURN_SECONDS:
+        begin = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begin)
+    return seconds
 
 
 def _pad(x_THD: Tensor, problem: Problem) -> Tensor:
