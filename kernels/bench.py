@@ -183,7 +183,7 @@ def measure_memory(length: int) -> Memory:
 
 
 def fastest(variants: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """The seconds of the fastest run of each variant; they take turns of two runs or more, the first of them to warm."""
+    """The seconds of the fastest run of each variant; they take turns of two runs or more, the first to warm."""
     best = dict.fromkeys(variants, float("inf"))
     start, rounds = time.perf_counter(), 0
     while rounds < 3 or time.perf_counter() - start < SECONDS:
