@@ -14,6 +14,8 @@ PYTHON := $(shell for python in python3.11 python3 python3.12 python3.10; do \
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed-$(FLAVOUR)
+# Tests of the Spark engine run where there is Java; elsewhere they say that they were left out.
+SPARK := $(shell java -version > /dev/null 2>&1 && echo .venv/.installed-spark)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 RECIPE := hstu_kuairand_sample
 SAMPLE := datasets/kuairand-sample
@@ -29,7 +31,7 @@ train: $(INSTALLED) $(SAMPLE)/dataset.json ## Train the sample recipe on two pro
 	$(BIN)/ultrarec launch $(RECIPE) --scheduler local_cwd -j 1x2 --out runs/$(RECIPE)
 
 # A file stays on one worker, so that what its fixtures build is built once.
-test: $(INSTALLED) ## Run all tests, two at a time
+test: $(INSTALLED) $(SPARK) ## Run all tests, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED) ## Check style and formatting
@@ -59,6 +61,10 @@ $(INSTALLED): pyproject.toml setup.py constraints/$(FLAVOUR).txt
 	@if $(PIP) show $(OTHER_FBGEMM) 2> /dev/null; then $(PIP) uninstall --yes $(OTHER_FBGEMM) $(FBGEMM); fi
 	$(PIP) install --no-compile --no-deps --constraint constraints/$(FLAVOUR).txt $(FBGEMM) torchrec
 	@rm -f .venv/.installed-* && touch $@
+
+.venv/.installed-spark: $(INSTALLED)
+	$(PIP) install --no-compile --constraint constraints/$(FLAVOUR).txt --editable '.[spark]'
+	@touch $@
 
 $(SAMPLE)/dataset.json: | $(INSTALLED)
 	$(BIN)/ultrarec prepare sample:kuairand --out $(SAMPLE) --user user_id --item item_id --time time_ms \

@@ -52,6 +52,14 @@ def checkpoint(parser: argparse.ArgumentParser) -> Run:
     return checkpoint_command.run
 
 
+def bench(parser: argparse.ArgumentParser) -> Run:
+    """Measure this machine."""
+    from . import bench
+
+    bench.add_arguments(parser)
+    return bench.run
+
+
 def doctor(parser: argparse.ArgumentParser) -> Run:
     """Check the installation."""
     from . import doctor
@@ -108,6 +116,13 @@ The same command again continues the run from its newest complete checkpoint."""
         """\
   ultrarec checkpoint list runs/hstu_kuairand_sample
   ultrarec checkpoint verify runs/hstu_kuairand_sample""",
+    ),
+    "bench": Command(
+        bench,
+        "measure how fast this machine computes, against what one would use instead",
+        """\
+  ultrarec bench attention
+  ultrarec bench attention --dtype bf16 --threads 2 --lengths 1024,4096 --out bench""",
     ),
     "doctor": Command(
         doctor,

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .operator import Problem
-from .plan import Batch, GroupPlan, plan_of
+from .plan import Batch, GroupPlan, Plan, plan_of
 from .products import multiplies_bfloat16, product
 from .tile_bias import TileBias
+from .tiles import Strip
 from .workers import run_all
 
 WORTH_THREADS = 1 << 26
@@ -36,7 +37,7 @@ class Part:
     def batches(self) -> Iterator[slice]:
         """The matrices, counted from the first of the part, that are multiplied together."""
         num = self.matrices.stop - self.matrices.start
-        step = num if self.plan.is_short else 1
+        step = num if self.plan.group.is_short else 1
         return (slice(start, start + step) for start in range(0, num, step))
 
     def rows_of(self, x_THD: Tensor) -> Tensor:
@@ -45,16 +46,17 @@ class Part:
 
     def matmul_dtype(self, x: Tensor) -> torch.dtype:
         """In which dtype x is multiplied: bfloat16 if that is faster, otherwise what sums run in."""
-        if x.dtype is torch.bfloat16 and not self.plan.is_short and multiplies_bfloat16(x):
+        if x.dtype is torch.bfloat16 and not self.plan.group.is_short and multiplies_bfloat16(x):
             return torch.bfloat16
         return sum_dtype(x)
 
-    def scores(self, q_MRD: Tensor, k_MCD: Tensor, bias_GRC: Tensor | None) -> Tensor:
-        """The scores of a strip, hidden ones included, in the dtype of the bias if there is one."""
+    def scores(self, strip: Strip, q_MRD: Tensor, k_MCD: Tensor, bias_GRC: Tensor | None) -> Tensor:
+        """The scores of a strip, in the dtype of the bias if there is one; SiLU makes zeros of the hidden ones."""
         scores_MRC = product(q_MRD, k_MCD.mT)
-        if bias_GRC is None:
-            return scores_MRC
-        self._by_sequence(scores_MRC := scores_MRC.to(bias_GRC.dtype)).add_(bias_GRC[:, None])
+        if bias_GRC is not None:
+            scores_MRC = scores_MRC.to(bias_GRC.dtype)
+            self._by_sequence(scores_MRC).add_(bias_GRC[:, None])
+        self.plan.hide_(strip, scores_MRC)
         return scores_MRC
 
     def sum_of_heads(self, x_MRC: Tensor) -> Tensor:
@@ -65,11 +67,10 @@ class Part:
         return x_MRC.view(-1, self.heads_at_once, *x_MRC.shape[1:])
 
 
-def run_parts(problem: Problem, work: Callable[[Part], Result]) -> list[Result]:
+def run_parts(problem: Problem, plan: Plan, work: Callable[[Part], Result]) -> list[Result]:
     """Do the work of all parts, on several threads if there is enough of it."""
-    plans = _plans(problem)
-    parts = _parts(problem, plans)
-    num_scores = sum(len(plan.group.sequences) * plan.group.length**2 for plan in plans) * problem.q.shape[1]
+    parts = _parts(problem, plan.groups)
+    num_scores = sum(group.group.tokens_GL.numel() * group.group.length for group in plan.groups) * problem.q.shape[1]
     if num_scores * problem.q.shape[2] < WORTH_THREADS:
         return [work(part) for part in parts]
     return run_all([partial(work, part) for part in parts])
@@ -92,7 +93,8 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _plans(problem: Problem) -> list[GroupPlan]:
+def plan_for(problem: Problem) -> Plan:
+    """The plan of a problem's batch."""
     time_weight = problem.time_weight
     return plan_of(
         Batch(
@@ -111,14 +113,19 @@ def _plans(problem: Problem) -> list[GroupPlan]:
 
 
 def _parts(problem: Problem, plans: list[GroupPlan]) -> list[Part]:
-    """The work in parts, largest first: a group each, or some of its heads if there are fewer groups than threads."""
+    """The work in parts, largest first: a group each, or a head of a long sequence.
+
+    Heads that share a bias stay together unless threads would have nothing to do.
+    """
     num_heads = problem.q.shape[1]
     parts = []
     for plan in plans:
-        if plan.is_short:
+        if plan.group.is_short:
             parts.append(Part(plan, slice(0, len(plan.group.sequences) * num_heads), num_heads))
             continue
-        num_parts = min(num_heads, -(-torch.get_num_threads() // len(plans)))
+        num_parts = num_heads
+        if problem.bias is not None:
+            num_parts = min(num_heads, -(-torch.get_num_threads() // len(plans)))
         cuts = [n * num_heads // num_parts for n in range(num_parts + 1)]
         parts += [Part(plan, slice(*cut), 1) for cut in pairwise(cuts)]
     return parts

@@ -14,11 +14,13 @@ from torch import Tensor
 from .bias import bucket_thresholds, time_buckets
 from .inputs import check_values
 from .mask import AttentionMask
-from .packing import SHORT, Group, pack_sequences
+from .packing import SHORT, Group, Packing, pack_sequences
 from .tiles import Strip, strips_of
 
 STRIP_KEYS = 1024
-"""Most keys of a strip: a tile row of 128 by 1024 float32 fills half of an EPYC core's second cache."""
+"""Most keys of a strip: 256 by 1024 float32 fill an EPYC core's second cache; 512 keys took a seventh longer."""
+HIDDEN = -1e30
+"""Far below any score: SiLU of it, and the derivative, are zero, in every dtype that scores have."""
 NUM_REMEMBERED = 4
 """Batches whose plans are kept: layers may attend in a few different ways to the same one."""
 
@@ -40,38 +42,32 @@ class GroupPlan:
 
     def __init__(self, group: Group, mask: AttentionMask, history_ends: list[int], times: Times | None) -> None:
         self.group, self.mask, self.history_ends, self.times = group, mask, history_ends, times
-        self._visible: dict[tuple[object, ...], Tensor] = {}
+        self._lowerings: dict[tuple[object, ...], Tensor] = {}
         self._buckets: dict[tuple[int, int], Tensor] = {}
-
-    @property
-    def is_short(self) -> bool:
-        """Whether the group's matrices are multiplied together, not one by one."""
-        return self.group.length <= SHORT
 
     @cached_property
     def strips(self) -> list[list[Strip]]:
         """All strips in which some sequence of the group sees something; those of the same queries together."""
         length = self.group.length
-        tile = _tile_of(length, self.mask)
+        tile = _tile_of(length)
         strips = strips_of(self.mask, length, self.history_ends, tile=tile, most_keys=STRIP_KEYS)
         return [list(row) for _, row in groupby(strips, key=lambda strip: strip.rows.start)]
 
-    def hide_(self, strip: Strip, x_MRC: Tensor) -> Tensor:
-        """Set to zero, in place, what the mask hides."""
+    def hide_(self, strip: Strip, scores_MRC: Tensor) -> None:
+        """Lower, in place, what the mask hides so far that SiLU and its derivative are zero."""
         for keys in strip.masked:
-            part = x_MRC[..., keys.start - strip.keys.start : keys.stop - strip.keys.start]
-            visible = self._visible_part(strip.rows, keys, x_MRC.dtype)
-            if len(visible) == 1:
-                part.mul_(visible)
-            else:
-                part.view(len(visible), -1, *part.shape[1:]).mul_(visible[:, None])
-        return x_MRC
+            part = scores_MRC[..., keys.start - strip.keys.start : keys.stop - strip.keys.start]
+            lowering = self._lowering(strip.rows, keys, scores_MRC.dtype)
+            if len(lowering) > 1:
+                part = part.view(len(lowering), -1, *part.shape[1:])
+                lowering = lowering[:, None]
+            part.add_(lowering)
 
     def buckets(self, strip: Strip) -> Tensor | None:
         """The time bucket of every score of a strip, int32 `[G, R, C]`; None without a time bias."""
         if self.times is None:
             return None
-        if not self.is_short:
+        if not self.group.is_short:
             return self._compute_buckets(strip)
         place = (strip.rows.start, strip.keys.start)
         if place not in self._buckets:
@@ -85,20 +81,28 @@ class GroupPlan:
         keys = self.times.keys[self.group.tokens_GL[:, strip.keys]]
         return time_buckets((queries[:, :, None] - keys[:, None, :]).abs_(), self.times.thresholds)
 
-    def _visible_part(self, rows: slice, keys: slice, dtype: torch.dtype) -> Tensor:
-        """1 where a query sees a key, else 0, `[1 or G, R, C]`; kept, as heads, layers and the backward ask again."""
+    def _lowering(self, rows: slice, keys: slice, dtype: torch.dtype) -> Tensor:
+        """0 where a query sees a key, else HIDDEN, `[1 or G, R, C]`; kept for heads, layers and the backward."""
         place: tuple[object, ...] = (dtype, rows.start, rows.stop, keys.start, keys.stop)
         depends_on_place = not self.mask.is_alike_along(rows, keys, min(self.history_ends))
         if not depends_on_place:
             place = (dtype, rows.start - keys.start, rows.stop - keys.start, keys.stop - keys.start)
-        if place not in self._visible:
+        if place not in self._lowerings:
             device = self.group.tokens_GL.device
             row = torch.arange(rows.start, rows.stop, device=device)[:, None]
             key = torch.arange(keys.start, keys.stop, device=device)
             ends = self.history_ends if depends_on_place else self.history_ends[:1]
             end = torch.tensor(ends, device=device)[:, None, None]
-            self._visible[place] = self.mask.visible(row, key, end).to(dtype)
-        return self._visible[place]
+            self._lowerings[place] = (~self.mask.visible(row, key, end)).to(dtype).mul_(HIDDEN)
+        return self._lowerings[place]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The groups of a batch, longest sequences first."""
+
+    packing: Packing
+    groups: list[GroupPlan]
 
 
 @dataclass(frozen=True)
@@ -140,8 +144,8 @@ class Batch:
         return same and all(_same(a, b) for a, b in zip(self.tensors(), other.tensors(), strict=True))
 
 
-def plan_of(batch: Batch) -> list[GroupPlan]:
-    """The plans of the groups of a batch, longest sequences first; those made before, if still remembered.
+def plan_of(batch: Batch) -> Plan:
+    """The plan of a batch; the one made before, if still remembered.
 
     Raises:
         ValueError: offsets or num_targets do not describe the batch.
@@ -156,10 +160,10 @@ def plan_of(batch: Batch) -> list[GroupPlan]:
     return plan
 
 
-_remembered: list[tuple[Batch, list[GroupPlan]]] = []
+_remembered: list[tuple[Batch, Plan]] = []
 
 
-def _make(batch: Batch) -> list[GroupPlan]:
+def _make(batch: Batch) -> Plan:
     bounds, targets = check_values(
         batch.offsets, batch.num_targets, num_events=batch.num_events, max_seq_len=batch.max_seq_len
     )
@@ -167,23 +171,22 @@ def _make(batch: Batch) -> list[GroupPlan]:
     if batch.num_buckets and batch.timestamps is not None:
         queries = batch.timestamps if batch.query_timestamps is None else batch.query_timestamps
         times = Times(queries, batch.timestamps, bucket_thresholds(batch.num_buckets, batch.device))
-    plans = []
-    for group in pack_sequences(bounds, num_heads=batch.num_heads, device=batch.device):
+    packing, plans = pack_sequences(bounds, num_heads=batch.num_heads, device=batch.device), []
+    for group in packing.groups:
         ends = [batch.mask.history_end(bounds[b + 1] - bounds[b], targets[b]) for b in group.sequences]
         if batch.num_targets is None and not batch.mask.depends_on_history_end:
             ends = [group.length]
         plans.append(GroupPlan(group, batch.mask, ends, times))
-    return plans
+    return Plan(packing, plans)
 
 
-def _tile_of(length: int, mask: AttentionMask) -> int:
-    """How many queries, and keys, a tile has: the smaller, the fewer hidden scores are computed along the edges."""
-    if length <= SHORT:
-        most = 64
-    elif min(length, mask.window or length) < 4096:
-        most = 128
-    else:
-        most = 256
+def _tile_of(length: int) -> int:
+    """How many queries, and keys, a tile has.
+
+    Smaller ones compute fewer hidden scores along the edges, larger ones multiply faster: with 128 instead of 256 for
+    long sequences, batches of up to 1024 and 4096 events took a seventh longer, and so did a window of 256.
+    """
+    most = 64 if length <= SHORT else 256
     # As equal as can be, in whole vectors of 16 floats.
     return -(-length // -(-length // most) // 16) * 16 if length > most else length
 

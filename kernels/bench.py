@@ -1,0 +1,245 @@
+"""Measures hstu_attention on the CPU against what its users would write instead, and against the machine's own limit.
+
+Everything that is compared runs in one process, taking turns, and the fastest run of each counts: so other load on the
+machine blurs times more than ratios.
+"""
+
+# T = events of all sequences, B = sequences, H = heads, D = head width, N = length of the longest sequence
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .hstu_attention import AttentionMask, hstu_attention
+
+NUM_SEQUENCES, NUM_HEADS, HEAD_WIDTH = 8, 4, 64
+CAUSAL = AttentionMask()
+SEMI_LOCAL = AttentionMask(window=256, full_tail=256)
+GEMM_SIZE = 2048
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SECONDS, TURN_SECONDS = 3.0, 0.2
+"""How long the variants of one comparison take turns, at least; each gets three, of at least the second number."""
+PADDED_TENSORS = 5
+"""Tensors of B * H * N * N elements that the padded formulation holds at its peak."""
+
+
+class WrongResults(Exception):
+    """The operator differs from its definition, so its speed means nothing."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Forward and backward over sequences of N / 4 to N events, causal, without bias."""
+
+    length: int
+    """N."""
+    dtype: str
+    milliseconds: float
+    padded_milliseconds: float | None
+    """The padded dense formulation; None where it does not fit in memory."""
+    gflops: float
+    """Of the visible pairs, two products forward and five backward, per second."""
+    gemm_gflops: float
+    """Of a float32 matrix product of 2048 x 2048 x 2048."""
+
+    @property
+    def speedup(self) -> float | None:
+        """Over the padded dense formulation."""
+        return None if self.padded_milliseconds is None else self.padded_milliseconds / self.milliseconds
+
+    @property
+    def gemm_share(self) -> float:
+        """Of the rate of a large float32 matrix product."""
+        return self.gflops / self.gemm_gflops
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Forward and backward over one sequence of a length and one of twice that length."""
+
+    length: int
+    causal_milliseconds: float
+    semi_local_milliseconds: float
+    doubled_semi_local_milliseconds: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak of forward and backward over one sequence, in a process of its own."""
+
+    length: int
+    peak_bytes: int
+    tensor_bytes: int
+    """q, k, v, the output and the gradients of all four."""
+
+
+class Problem:
+    """Random inputs; calling it runs forward and backward."""
+
+    def __init__(self, lengths: list[int], dtype: torch.dtype, *, num_heads: int = NUM_HEADS) -> None:
+        self.lengths, self.max_seq_len = lengths, max(lengths)
+        self.offsets = torch.tensor([0, *lengths]).cumsum(0)
+        shape = (sum(lengths), num_heads, HEAD_WIDTH)
+        self.q, self.k, self.v = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3))
+        self.dout = torch.randn(shape, dtype=dtype)
+
+    def run(self, attend: Callable[["Problem"], Tensor]) -> list[Tensor]:
+        """The output and the gradients of q, k and v."""
+        out = attend(self)
+        return [out.detach(), *torch.autograd.grad(out, (self.q, self.k, self.v), self.dout)]
+
+    @property
+    def useful_gflop(self) -> float:
+        """What the visible pairs of causal attention take, forward and backward."""
+        pairs = sum(n * (n + 1) // 2 for n in self.lengths)
+        return 7 * 2 * pairs * self.q.shape[1] * self.q.shape[2] / 1e9
+
+
+def jagged(problem: Problem, mask: AttentionMask = CAUSAL) -> Tensor:
+    """The operator that is measured."""
+    return hstu_attention(
+        problem.q,
+        problem.k,
+        problem.v,
+        problem.offsets,
+        max_seq_len=problem.max_seq_len,
+        mask=mask,
+        backend="cpu",
+    )
+
+
+def padded_dense(problem: Problem) -> Tensor:
+    """What is usual on a CPU: pad to `[B, H, N, N]`, mask after SiLU, leave the backward to autograd."""
+    q_BHND, k_BHND, v_BHND = (_pad(x, problem) for x in (problem.q, problem.k, problem.v))
+    weights_BHNN = F.silu(q_BHND @ k_BHND.mT * HEAD_WIDTH**-0.5) / problem.max_seq_len
+    causal_NN = torch.ones(problem.max_seq_len, problem.max_seq_len, dtype=weights_BHNN.dtype).tril_()
+    out_BNHD = (weights_BHNN * causal_NN @ v_BHND).transpose(1, 2)
+    return torch.cat([out_BNHD[b, :n] for b, n in enumerate(problem.lengths)])
+
+
+def check_results(dtype: str) -> None:
+    """Compare outputs and gradients, of problems like those measured, with the definition in float64.
+
+    Raises:
+        WrongResults: an error is above twice that of the definition computed in dtype.
+    """
+    for lengths, mask in (([300, 17, 0, 1], CAUSAL), ([700], AttentionMask(window=64, full_tail=32))):
+        problem = Problem(lengths, DTYPES[dtype], num_heads=2)
+        exact = _defined(problem, torch.float64, mask)
+        plain = _defined(problem, DTYPES[dtype], mask)
+        got = problem.run(partial(jagged, mask=mask))
+        for name, a, b, c in zip(("out", "dq", "dk", "dv"), got, plain, exact, strict=True):
+            error, bound = (a - c).abs().max().item(), 2 * (b - c).abs().max().item() + 1e-5
+            if not error <= bound:
+                raise WrongResults(f"{name} of lengths {lengths} with {mask}: error {error:.1e} is above {bound:.1e}")
+
+
+def compare(length: int, dtype: str, *, available_bytes: int) -> Comparison:
+    """Time the operator, the padded dense formulation and a matrix product."""
+    torch.manual_seed(0)
+    lengths = torch.randint(length // 4, length + 1, (NUM_SEQUENCES - 1,)).tolist()
+    problem = Problem([length, *lengths], DTYPES[dtype])
+    variants: dict[str, Callable[[], object]] = {"gemm": _gemm(), "jagged": lambda: problem.run(jagged)}
+    padded_bytes = PADDED_TENSORS * NUM_SEQUENCES * NUM_HEADS * length**2 * problem.q.element_size()
+    if padded_bytes < available_bytes:
+        variants["padded"] = lambda: problem.run(padded_dense)
+    seconds = fastest(variants)
+    return Comparison(
+        length=length,
+        dtype=dtype,
+        milliseconds=seconds["jagged"] * 1e3,
+        padded_milliseconds=seconds["padded"] * 1e3 if "padded" in seconds else None,
+        gflops=problem.useful_gflop / seconds["jagged"],
+        gemm_gflops=2 * GEMM_SIZE**3 / 1e9 / seconds["gemm"],
+    )
+
+
+def scale(length: int) -> Scaling:
+    """Time semi-local attention at a length and at twice that, and causal attention."""
+    once, twice = Problem([length], torch.float32), Problem([2 * length], torch.float32)
+    seconds = fastest(
+        {
+            "semi_local": lambda: once.run(partial(jagged, mask=SEMI_LOCAL)),
+            "doubled": lambda: twice.run(partial(jagged, mask=SEMI_LOCAL)),
+            "causal": lambda: once.run(jagged),
+        }
+    )
+    return Scaling(length, *(seconds[name] * 1e3 for name in ("causal", "semi_local", "doubled")))
+
+
+def measure_memory(length: int) -> Memory:
+    """Measure the peak of one sequence of two heads."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        peak = pool.apply(_peak_bytes, (length, torch.get_num_threads()))
+    return Memory(length, peak, 8 * length * 2 * HEAD_WIDTH * 4)
+
+
+def fastest(variants: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """The seconds of the fastest run of each variant; they take turns of two runs or more, the first to warm."""
+    best = dict.fromkeys(variants, float("inf"))
+    start, rounds = time.perf_counter(), 0
+    while rounds < 3 or time.perf_counter() - start < SECONDS:
+        for name, run in variants.items():
+            best[name] = min(best[name], *_turn(run))
+        rounds += 1
+    return best
+
+
+def _turn(run: Callable[[], object]) -> list[float]:
+    """The seconds of several runs in a row."""
+    run()
+    seconds: list[float] = []
+    start = time.perf_counter()
+    while not seconds or time.perf_counter() - start < TURN_SECONDS:
+        begin = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def _pad(x_THD: Tensor, problem: Problem) -> Tensor:
+    """`[B, H, N, D]`."""
+    bounds = problem.offsets.tolist()
+    rows = [F.pad(x_THD[a:b], (0, 0, 0, 0, 0, problem.max_seq_len - (b - a))) for a, b in pairwise(bounds)]
+    return torch.stack(rows).transpose(1, 2)
+
+
+def _defined(problem: Problem, dtype: torch.dtype, mask: AttentionMask) -> list[Tensor]:
+    """The definition, in dtype, of inputs of the same value."""
+    other = Problem(problem.lengths, dtype, num_heads=problem.q.shape[1])
+    for name in ("q", "k", "v"):
+        setattr(other, name, getattr(problem, name).detach().to(dtype).requires_grad_())
+    other.dout = problem.dout.to(dtype)
+    return other.run(
+        lambda x: hstu_attention(x.q, x.k, x.v, x.offsets, max_seq_len=x.max_seq_len, mask=mask, backend="reference")
+    )
+
+
+def _gemm() -> Callable[[], object]:
+    a, b, out = (torch.randn(GEMM_SIZE, GEMM_SIZE) for _ in range(3))
+    return lambda: torch.mm(a, b, out=out)
+
+
+def _peak_bytes(length: int, num_threads: int) -> int:
+    """How far the memory of this process rises, above what libraries and a small problem take."""
+    torch.set_num_threads(num_threads)
+    Problem([512], torch.float32, num_heads=2).run(jagged)
+    before = _status_bytes("VmRSS")
+    Problem([length], torch.float32, num_heads=2).run(jagged)
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    # getrusage would give the peak of the process that started this one, if that is higher.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")

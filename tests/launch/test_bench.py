@@ -1,0 +1,87 @@
+import json
+
+import pytest
+import torch
+
+from ultrarec.kernels import bench as measurements
+from ultrarec.launch import bench, cli
+
+
+@pytest.fixture
+def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure next to nothing, but all of it."""
+    for owner, name, value in (
+        (measurements, "SECONDS", 0.0),
+        (measurements, "TURN_SECONDS", 0.0),
+        (measurements, "GEMM_SIZE", 64),
+        (bench, "QUICK_SCALING_LENGTH", 300),
+        (bench, "QUICK_MEMORY_LENGTH", 300),
+    ):
+        monkeypatch.setattr(owner, name, value)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("in_no_time")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_bench_prints_a_row_per_length_and_writes_the_same_figures(tmp_path, capsys, dtype):
+    pytest.importorskip("matplotlib")
+    argv = ["bench", "attention", "--quick", "--lengths", "8,40", "--dtype", dtype, "--threads", "1"]
+    assert cli.main([*argv, "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    report = json.loads((tmp_path / "attention.json").read_text())
+    assert [row["length"] for row in report["comparisons"]] == [8, 40]
+    for row in report["comparisons"]:
+        assert row["dtype"] == dtype
+        assert f"{row['milliseconds']:.1f}" in shown
+        assert row["speedup"] == row["padded_milliseconds"] / row["milliseconds"]
+    assert report["machine"]["threads"] == 1
+    assert report["memory"]["peak_bytes"] >= 0
+    assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_gives_no_figure_when_results_are_wrong(monkeypatch, capsys):
+    right = measurements.hstu_attention
+
+    def slightly_wrong(*args, backend, **kwargs):
+        return right(*args, backend=backend, **kwargs) * (1.01 if backend == "cpu" else 1)
+
+    monkeypatch.setattr(measurements, "hstu_attention", slightly_wrong)
+    assert cli.main(["bench", "attention", "--quick"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("no figures, as the results are wrong: out of lengths [300, 17, 0, 1]")
+
+
+def test_a_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    assert cli.main(["bench", "attention", "--quick", "--out", str(tmp_path)]) == 2
+    assert "pip install 'ultrarec[bench]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lengths", "1024,x"], "'x' is not a positive number"),
+        (["--lengths", "2"], "2 is below 4"),
+        (["--threads", "0"], "'0' is not a positive number"),
+        (["--dtype", "fp8"], "invalid choice: 'fp8'"),
+    ],
+)
+def test_arguments_that_make_no_sense_exit_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "attention", *argv])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_padded_formulation_that_is_compared_computes_the_same():
+    problem = measurements.Problem([5, 9, 1], torch.float64)
+    got, padded = problem.run(measurements.jagged), problem.run(measurements.padded_dense)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, padded, strict=True):
+        torch.testing.assert_close(a, b, msg=name)
