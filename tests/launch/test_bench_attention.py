@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ultrarec.kernels import bench as measurements
-from ultrarec.launch import bench, cli
+from ultrarec.launch import bench_attention, cli
 
 
 @pytest.fixture
@@ -14,8 +14,8 @@ def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
         (measurements, "SECONDS", 0.0),
         (measurements, "TURN_SECONDS", 0.0),
         (measurements, "GEMM_SIZE", 64),
-        (bench, "QUICK_SCALING_LENGTH", 300),
-        (bench, "QUICK_MEMORY_LENGTH", 300),
+        (bench_attention, "QUICK_SCALING_LENGTH", 300),
+        (bench_attention, "QUICK_MEMORY_LENGTH", 300),
     ):
         monkeypatch.setattr(owner, name, value)
 
@@ -59,7 +59,7 @@ def test_bench_gives_no_figure_when_results_are_wrong(monkeypatch, capsys):
 
 
 def test_a_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench_attention, "find_spec", lambda name: None)
     assert cli.main(["bench", "attention", "--quick", "--out", str(tmp_path)]) == 2
     assert "pip install 'ultrarec[bench]'" in capsys.readouterr().err
 
