@@ -14,12 +14,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ultrarec.kernels.gated_output import triton as gated_output
+from ultrarec.kernels.jagged.triton import jagged_launch
 from ultrarec.kernels.launching import Launch
 from ultrarec.kernels.linear.triton import linear_launch
 from ultrarec.kernels.norm_uvqk import triton as norm_uvqk
 
 HERE = Path(__file__).parent
-INTERPRETED_FILES = ("test_norm_uvqk.py", "test_gated_output.py")
+INTERPRETED_FILES = ("test_norm_uvqk.py", "test_gated_output.py", "test_jagged.py")
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163),
     "sm_90": (GPUTarget("cuda", 90, 32), 227),
@@ -58,6 +59,7 @@ def launches() -> dict[str, Launch]:
     u, a, seed = y[:, :values].contiguous(), y[:, :values].reshape(-1, heads, dim), torch.zeros(1, dtype=torch.int64)
     gate = gated_output._arguments(u, a, *affine, seed, stats, stats, y, 0.3)
     backward = gated_output.gate_backward_launch(gate, y, u, a, scale=1.4)
+    offsets, moved = torch.zeros(65, dtype=torch.int64), {"right_prefix": 2}
     return {
         "norm": norm_uvqk.norm_launch(x, *affine, normed, stats, stats, 1e-6),
         "norm_backward": norm_uvqk.norm_backward_launch(normed, x, *affine, stats, stats, x, normed, parts),
@@ -65,6 +67,8 @@ def launches() -> dict[str, Launch]:
         "output": linear_launch(y, torch.empty(width, 3 * values).bfloat16(), affine[0], x, residual_TN=x, scale=1.4),
         "gate": gated_output.gate_launch(gate, eps=1e-6),
         "gate_backward": backward,
+        "jagged_concat": jagged_launch(x, x[:400], x[400:], offsets, offsets, **moved, joins=True),
+        "jagged_split": jagged_launch(x, x[:400], x[400:], offsets, offsets, **moved, joins=False),
     }
 
 
