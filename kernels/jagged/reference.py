@@ -28,10 +28,9 @@ def split(
     lefts, rights, start = [x[:0]], [x[:0]], 0
     for num_left_b, num_right_b in zip(left_offsets.diff().tolist(), right_offsets.diff().tolist(), strict=True):
         num_first = min(right_prefix, num_right_b)
-        first, left_b, rest = x[start : start + num_left_b + num_right_b].split(
-            [num_first, num_left_b, num_right_b - num_first]
-        )
+        sizes = [num_first, num_left_b, num_right_b - num_first]
+        first, left_b, rest = torch.split(x[start : start + sum(sizes)], sizes)
         lefts.append(left_b)
         rights += [first, rest]
-        start += num_left_b + num_right_b
+        start += sum(sizes)
     return torch.cat(lefts), torch.cat(rights)

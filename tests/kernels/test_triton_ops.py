@@ -18,9 +18,10 @@ from ultrarec.kernels.jagged.triton import jagged_launch
 from ultrarec.kernels.launching import Launch
 from ultrarec.kernels.linear.triton import linear_launch
 from ultrarec.kernels.norm_uvqk import triton as norm_uvqk
+from ultrarec.kernels.position_time_encoding.triton import encode_launch, sums_launch
 
 HERE = Path(__file__).parent
-INTERPRETED_FILES = ("test_norm_uvqk.py", "test_gated_output.py", "test_jagged.py")
+INTERPRETED_FILES = ("test_norm_uvqk.py", "test_gated_output.py", "test_jagged.py", "test_position_time_encoding.py")
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163),
     "sm_90": (GPUTarget("cuda", 90, 32), 227),
@@ -59,6 +60,7 @@ def launches() -> dict[str, Launch]:
     u, a, seed = y[:, :values].contiguous(), y[:, :values].reshape(-1, heads, dim), torch.zeros(1, dtype=torch.int64)
     gate = gated_output._arguments(u, a, *affine, seed, stats, stats, y, 0.3)
     backward = gated_output.gate_backward_launch(gate, y, u, a, scale=1.4)
+    rows, table = torch.zeros(num_tokens, dtype=torch.int64), torch.empty(100, width)
     offsets, moved = torch.zeros(65, dtype=torch.int64), {"right_prefix": 2}
     return {
         "norm": norm_uvqk.norm_launch(x, *affine, normed, stats, stats, 1e-6),
@@ -69,6 +71,9 @@ def launches() -> dict[str, Launch]:
         "gate_backward": backward,
         "jagged_concat": jagged_launch(x, x[:400], x[400:], offsets, offsets, **moved, joins=True),
         "jagged_split": jagged_launch(x, x[:400], x[400:], offsets, offsets, **moved, joins=False),
+        "encode": encode_launch(x, table, rows, table, rows, x, scale=22.6),
+        "row_sums": sums_launch(x, rows, rows[:100], rows[:100], table),
+        "row_sums_of_parts": sums_launch(x, None, rows[:100], rows[:100], table),
     }
 
 
