@@ -105,8 +105,7 @@ def forward(
     """`[T, E]` in dtype."""
     out_TE = x_TE.new_empty(x_TE.shape, dtype=dtype)
     tables = (position_weight_PE, positions_T, time_weight_KE, buckets_T)
-    contiguous = [None if x is None else x.contiguous() for x in tables]
-    encode_launch(x_TE.contiguous(), *contiguous, out_TE, scale=scale).start()
+    encode_launch(x_TE.contiguous(), *tables, out_TE, scale=scale).start()
     return out_TE
 
 
@@ -142,13 +141,13 @@ def encode_launch(
     *,
     scale: float,
 ) -> Launch:
-    """Write the encoded tokens; all contiguous."""
+    """Write the encoded tokens; x and out are contiguous."""
     arguments = {
         "x_ptr": x_TE,
-        "position_weight_ptr": position_weight_PE,
-        "positions_ptr": positions_T,
-        "time_weight_ptr": time_weight_KE,
-        "buckets_ptr": buckets_T,
+        "position_weight_ptr": _contiguous(position_weight_PE),
+        "positions_ptr": _contiguous(positions_T),
+        "time_weight_ptr": _contiguous(time_weight_KE),
+        "buckets_ptr": _contiguous(buckets_T),
         "out_ptr": out_TE,
         "num_tokens": len(x_TE),
         "width": x_TE.shape[1],
@@ -171,6 +170,10 @@ def sums_launch(x_TE: Tensor, order_T: Tensor | None, starts_M: Tensor, ends_M: 
         "width": x_TE.shape[1],
     } | _tiles(x_TE.shape[1])
     return Launch(sums_kernel, (len(out_ME), triton.cdiv(x_TE.shape[1], arguments["tile_E"])), arguments)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _tiles(width: int) -> dict[str, int]:
