@@ -138,8 +138,13 @@ CASES = {"norm_uvqk": norm_uvqk_case, "gated_output": gated_output_case}
 
 @pytest.mark.parametrize(
     ("hip", "architecture", "is_native"),
-    [(None, (8, 0), False), (None, (8, 9), True), (None, (9, 0), True), (None, (10, 0), True)]
-    + [("7.0", "gfx942:sramecc+", False), ("7.0", "gfx950:sramecc+", True)],
+    [
+        (None, (8, 0), False),
+        (None, (8, 9), True),
+        (None, (9, 0), True),
+        ("7.0", "gfx942:sramecc+", False),
+        ("7.0", "gfx950:sramecc+", True),
+    ],
 )
 def test_gpus_that_do_not_multiply_e4m3_are_refused(monkeypatch, hip, architecture, is_native):
     major, minor = architecture if hip is None else (9, 4)
