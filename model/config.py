@@ -49,6 +49,9 @@ class ModelConfig(BaseModel):
     rematerialize: bool = False
     """Keep of each layer its input, its attention output and statistics, and compute u, v, q and k again in the
     backward pass: less memory for one more projection; the results are the same bit for bit."""
+    fp8_projections: bool = False
+    """Multiply by the weights of both projections of a layer in FP8 (e4m3, a scale per row), forward only: for GPUs
+    that do so (sm_89 or later, gfx950, gfx12). CPUs emulate it, slowly."""
     token_hidden: int | None = Field(default=None, gt=0, le=MOST_COLUMNS)
     """Hidden width of the MLPs that make a token from item, features and actions; without it embeddings are summed,
     which needs embeddings.dim == model.width."""

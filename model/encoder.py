@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..data.batch import Batch
-from ..kernels import AttentionMask
+from ..kernels import AttentionMask, position_time_encoding
 from .config import ModelConfig
 from .hstu import HSTUStack, Sequences
 from .inputs import ActionEncoder, ContentEncoder, ContextEncoder, Features, features_of
@@ -94,12 +94,14 @@ class SequenceEncoder(nn.Module):
         x_TE = content_TE
         if self.action is not None:
             x_TE = x_TE + self.action(batch, embeddings, layout.is_target)
-        x_TE = self.scale * x_TE
-        if self.position is not None:
-            x_TE = x_TE + self.position.events(layout)
-        if self.time is not None:
-            x_TE = x_TE + self.time(layout, batch.timestamps)
-        return x_TE
+        return position_time_encoding(
+            x_TE,
+            position_weight_PE=None if self.position is None else self.position.vectors.weight,
+            positions_T=None if self.position is None else self.position.positions(layout),
+            time_weight_KE=None if self.time is None else self.time.vectors.weight,
+            buckets_T=None if self.time is None else self.time.buckets(layout, batch.timestamps),
+            scale=self.scale,
+        )
 
     def context_tokens(self, layout: Layout, context_BCE: Tensor) -> Tensor:
         """Tokens [B, C, E]: the user features' vectors, and their positions."""

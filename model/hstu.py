@@ -95,6 +95,7 @@ class HSTULayer(nn.Module):
         self.norm_per_head = config.norm == "group_norm"
         self.dropout = config.dropout
         self.rematerialize = config.rematerialize
+        self.fp8 = config.fp8_projections
         self.alpha = 1.0 if config.attention_alpha == "one" else config.qk_dim**-0.5
         value_width = config.num_heads * config.value_dim
         self.widths = [value_width, value_width, config.num_heads * config.qk_dim, config.num_heads * config.qk_dim]
@@ -149,6 +150,7 @@ class HSTULayer(nn.Module):
             norm_bias_E=self.norm_input.bias,
             num_activated=self.num_activated,
             eps=NORM_EPS,
+            fp8=self.fp8,
         )
         u_SV, v_SV, q_SK, k_SK = torch.split(uvqk, self.widths, dim=-1)
         v_SHD, q_SHD, k_SHD = (x.view(len(x), self.num_heads, x.shape[1] // self.num_heads) for x in (v_SV, q_SK, k_SK))
@@ -170,6 +172,7 @@ class HSTULayer(nn.Module):
             dropout=self.dropout,
             seed=seed,
             eps=NORM_EPS,
+            fp8=self.fp8,
         )
 
 

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..kernels import elapsed_buckets, elapsed_thresholds
 from .layout import Layout
 
 NUM_TIME_BUCKETS = 2048
-SECONDS_PER_MINUTE = 60.0
 
 
 class PositionEncoder(nn.Module):
@@ -32,11 +32,11 @@ class PositionEncoder(nn.Module):
             std = width**-0.5
             nn.init.trunc_normal_(self.vectors.weight, std=std, a=-2 * std, b=2 * std)
 
-    def events(self, layout: Layout) -> Tensor:
-        """Vectors [T, E]."""
+    def positions(self, layout: Layout) -> Tensor:
+        """The position of each event, [T] int64."""
         end = layout.num_history[layout.sample_of_event]
         index = torch.minimum(layout.index_of_event, end)
-        return self.vectors(layout.num_contextual + (end - index if self.from_end else index))
+        return layout.num_contextual + (end - index if self.from_end else index)
 
     def context(self, layout: Layout) -> Tensor:
         """Vectors [C, E], the same for every sample."""
@@ -50,24 +50,19 @@ class TimeEncoder(nn.Module):
     logarithms, of minutes.
     """
 
+    thresholds: Tensor
+
     def __init__(self, kind: Literal["sqrt", "log"], *, time_unit: float, width: int) -> None:
         super().__init__()
-        self.kind = kind
-        self.minutes_per_unit = time_unit / SECONDS_PER_MINUTE
+        thresholds = elapsed_thresholds(kind, num_buckets=NUM_TIME_BUCKETS, time_unit=time_unit)
+        # They follow from the configuration, so a checkpoint need not hold them.
+        self.register_buffer("thresholds", thresholds, persistent=False)
         bound = NUM_TIME_BUCKETS**-0.5
         self.vectors = nn.Embedding(NUM_TIME_BUCKETS + 1, width)
         nn.init.uniform_(self.vectors.weight, -bound, bound)
-
-    def forward(self, layout: Layout, timestamps: Tensor) -> Tensor:
-        """Vectors [T, E] for timestamps [T] int64."""
-        return self.vectors(self.buckets(layout, timestamps))
 
     def buckets(self, layout: Layout, timestamps: Tensor) -> Tensor:
         """The bucket of each event, [T] int64 in 0..NUM_TIME_BUCKETS."""
         newest = layout.event_offsets[1:] - 1
         request = torch.minimum(layout.event_offsets[:-1] + layout.num_history, newest)
-        # Differences are taken as integers: float32 holds no millisecond of this century.
-        age = timestamps[request[layout.sample_of_event]] - timestamps
-        minutes = age.clamp(min=0).double() * self.minutes_per_unit
-        scaled = minutes.sqrt() if self.kind == "sqrt" else minutes.log()
-        return scaled.clamp(0, NUM_TIME_BUCKETS).long()
+        return elapsed_buckets(timestamps[request[layout.sample_of_event]] - timestamps, self.thresholds)

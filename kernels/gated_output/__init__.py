@@ -29,6 +29,7 @@ def gated_output(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     eps: float = 1e-6,
+    fp8: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Gate the attention and project it back onto the tokens (HSTU, arXiv 2402.17152, section 3, equation 3).
@@ -50,6 +51,8 @@ def gated_output(
         dropout: probability of dropping a column of a token, which scales the others by 1 / (1 - dropout).
         seed: `[1]` int64, says which are dropped; without one, none are.
         eps: added to the variance.
+        fp8: multiply tokens and weight in e4m3, each row scaled to its range, and sum in float32; CPUs emulate it. The
+            backward multiplies in the dtype of weight.
         backend: "cpu" is plain torch for any device, "triton" its kernels for GPUs, "reference" the definition, "auto"
             the fastest for the device.
 
@@ -57,7 +60,7 @@ def gated_output(
         `[T, E]` in the dtype of x.
 
     Raises:
-        ValueError: a shape, dtype, device or value breaks these rules, or the backend is unknown.
+        ValueError: a shape, dtype, device or value breaks these rules, the backend is unknown, or the GPU has no FP8.
     """
     _check(u_TV, a_THD, x_TE, weight_EY, concat=concat)
     check_columns(x_TE, {"bias": bias_E}, len(weight_EY))
@@ -76,9 +79,9 @@ def gated_output(
         name = backend_for(x_TE, backend)
         if name == "reference":
             return reference.gated_output(
-                u_TV, a_THD, x_TE, *weights, seed, per_head=per_head, concat=concat, dropout=dropout, eps=eps
+                u_TV, a_THD, x_TE, *weights, seed, per_head=per_head, concat=concat, dropout=dropout, eps=eps, fp8=fp8
             )
-        return _forward(u_TV, a_THD, x_TE, *weights, seed, per_head, concat, dropout, eps, name)[0]
+        return _forward(u_TV, a_THD, x_TE, *weights, seed, per_head, concat, dropout, eps, fp8, name)[0]
 
 
 def _check(u_TV: Tensor, a_THD: Tensor, x_TE: Tensor, weight_EY: Tensor, *, concat: bool) -> None:
@@ -118,11 +121,12 @@ def _forward(
     concat: bool,
     dropout: float,
     eps: float,
+    fp8: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens `[T, E]`, and mean and 1 / deviation of each group of a, `[T, G, 1]`."""
     tensors = (u_TV, a_THD, x_TE, weight_EY, bias_E, norm_weight_V, norm_bias_V, seed)
-    return implementation(__name__, backend).forward(*tensors, per_head, concat, dropout, eps)
+    return implementation(__name__, backend).forward(*tensors, per_head, concat, dropout, eps, fp8)
 
 
 @torch.library.custom_op("ultrarec::gated_output_backward", mutates_args=())
@@ -186,7 +190,7 @@ def _backward_shapes(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     u_TV, a_THD, _, *weights_and_seed = inputs[:8]
-    _, ctx.concat, ctx.dropout, _, ctx.backend = inputs[8:]
+    _, ctx.concat, ctx.dropout, _, _, ctx.backend = inputs[8:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(u_TV, a_THD, *weights_and_seed, *output[1:])
@@ -194,12 +198,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _gradients(ctx: Any, dout_TE: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dout_TE is None:
-        return (None,) * 13
+        return (None,) * 14
     dout_TE = dout_TE.contiguous()
     du_TV, da_THD, *dweights = _backward(dout_TE, *ctx.saved_tensors, ctx.concat, ctx.dropout, ctx.backend)
     grads = (du_TV, da_THD, dout_TE, *dweights)
     wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[:7], strict=True)]
-    return (*wanted, None, None, None, None, None, None)
+    return (*wanted, None, None, None, None, None, None, None)
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

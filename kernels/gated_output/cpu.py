@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..dropout import drop_
+from ..fp8 import multiply
 from ..layer_norm import affine, normalize, normalize_again, normalize_backward
 
 
@@ -23,6 +24,7 @@ def forward(
     concat: bool,
     dropout: float,
     eps: float,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens `[T, E]`; for the backward mean and 1 / deviation of each group of a, `[T, G, 1]`."""
     wide_TGW = _groups(a_THD, a_THD.shape[1] if per_head else 1)
@@ -31,7 +33,9 @@ def forward(
     if seed is not None:
         drop_(seed, dropout, y_TY)
     y_TY, scale = y_TY.to(weight_EY.dtype), _scale(seed, dropout)
-    if x_TE.dtype == weight_EY.dtype:
+    if fp8:
+        out_TE = torch.add(x_TE, multiply(y_TY, weight_EY), alpha=scale).to(x_TE.dtype)
+    elif x_TE.dtype == weight_EY.dtype:
         out_TE = torch.addmm(x_TE, y_TY, weight_EY.t(), alpha=scale)
     else:
         out_TE = torch.add(x_TE, y_TY @ weight_EY.t(), alpha=scale).to(x_TE.dtype)

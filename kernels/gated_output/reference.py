@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dropout import kept
+from ..fp8 import linear_for_autograd
 
 
 def gated_output(
@@ -23,6 +24,7 @@ def gated_output(
     concat: bool,
     dropout: float,
     eps: float,
+    fp8: bool,
 ) -> Tensor:
     """`out = x + dropout(norm(a) * u) W^T + b`, or [u, a, norm(a) * u] in place of the product; see gated_output."""
     wide = a_THD.to(torch.promote_types(a_THD.dtype, torch.float32))
@@ -34,5 +36,6 @@ def gated_output(
         y_TY = torch.cat([u_TV, a_THD.flatten(1), y_TY], dim=1)
     if seed is not None:
         y_TY = y_TY * kept(seed, len(y_TY), y_TY.shape[1], dropout) / (1 - dropout)
-    out_TE = x_TE + F.linear(y_TY.to(weight_EY.dtype), weight_EY)
+    multiply = linear_for_autograd if fp8 else F.linear
+    out_TE = x_TE + multiply(y_TY.to(weight_EY.dtype), weight_EY)
     return (out_TE if bias_E is None else out_TE + bias_E).to(x_TE.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..dropout import threshold
 from ..dropout.triton import is_kept
 from ..launching import Launch
-from ..linear.triton import linear_launch
+from ..linear.triton import linear
 
 TILE = 2048
 """Elements of a program's tile; the backward holds a dozen such tiles, of 16 registers a thread each."""
@@ -215,6 +215,7 @@ def forward(
     concat: bool,
     dropout: float,
     eps: float,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens `[T, E]`; for the backward mean and 1 / deviation of each group of a, `[T, G, 1]`."""
     num_rows, num_groups = len(u_TV), a_THD.shape[1] if per_head else 1
@@ -223,7 +224,7 @@ def forward(
     arguments = _arguments(u_TV, a_THD, norm_weight_V, norm_bias_V, seed, mean, rstd, y_TY, dropout)
     gate_launch(arguments, eps=eps).start()
     out_TE, scale = x_TE.new_empty(x_TE.shape), _scale(seed, dropout)
-    linear_launch(y_TY, weight_EY.contiguous(), bias_E, out_TE, residual_TN=x_TE.contiguous(), scale=scale).start()
+    linear(y_TY, weight_EY, bias_E, out_TE, residual_TN=x_TE.contiguous(), scale=scale, fp8=fp8)
     return out_TE, mean, rstd
 
 

@@ -13,7 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..fp8 import check_native
+from ..fp8.triton import quantize
 from ..launching import Launch
+
+TILES = {
+    torch.float32: (64, 64, 32),
+    torch.bfloat16: (128, 128, 64),
+    torch.float16: (128, 128, 64),
+    torch.float8_e4m3fn: (128, 128, 128),
+}
+"""Rows, columns and depth of a program's tile, by the dtype of what is multiplied."""
 
 
 @triton.jit
@@ -24,17 +34,23 @@ def linear_kernel(
     residual_ptr: tl.tensor,
     out_ptr: tl.tensor,
     before_ptr: tl.tensor,
+    x_scale_ptr: tl.tensor,
+    weight_scale_ptr: tl.tensor,
     num_rows: tl.tensor,
     num_columns: tl.tensor,
     width: tl.tensor,
     num_activated: tl.tensor,
     scale: tl.tensor,
     widen: tl.constexpr,
+    longest_sum: tl.constexpr,
     tile_T: tl.constexpr,
     tile_N: tl.constexpr,
     tile_K: tl.constexpr,
 ) -> None:
-    """A tile of `scale * x W^T + bias + residual`, its first columns through SiLU and, before it, into before."""
+    """A tile of `scale * x W^T + bias + residual`, its first columns through SiLU and, before it, into before.
+
+    With scales of their rows, x and W are e4m3.
+    """
     # Tiles of the same tokens run side by side and share them in the cache; the weight stays there anyway.
     num_tiles_N = tl.cdiv(num_columns, tile_N)
     rows_T = (tl.program_id(0) // num_tiles_N).to(tl.int64) * tile_T + tl.arange(0, tile_T)
@@ -51,9 +67,12 @@ def linear_kernel(
         if widen:
             x, weight = x.to(tl.float32), weight.to(tl.float32)
         # Products of float32 keep all its bits, as those of torch.mm do.
-        sum_TN = tl.dot(x, weight, sum_TN, input_precision="ieee")
+        sum_TN = tl.dot(x, weight, sum_TN, input_precision="ieee", max_num_imprecise_acc=longest_sum)
 
     sum_TN *= scale
+    if x_scale_ptr is not None:
+        sum_TN *= tl.load(x_scale_ptr + rows_T, mask=has_row, other=0.0)[:, None]
+        sum_TN *= tl.load(weight_scale_ptr + columns_N, mask=has_column, other=0.0)[None, :]
     if bias_ptr is not None:
         sum_TN += tl.load(bias_ptr + columns_N, mask=has_column, other=0.0).to(tl.float32)[None, :]
     place_TN = rows_T[:, None] * num_columns + columns_N[None, :]
@@ -68,6 +87,27 @@ def linear_kernel(
     tl.store(out_ptr + place_TN, sum_TN.to(out_ptr.dtype.element_ty), mask=mask_TN)
 
 
+def linear(
+    x_TK: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    out_TN: Tensor,
+    *,
+    residual_TN: Tensor | None = None,
+    before_TA: Tensor | None = None,
+    scale: float = 1.0,
+    fp8: bool,
+) -> None:
+    """Do what linear_launch says, with `fp8` of x and W in e4m3; ValueError if the GPU does not multiply that."""
+    scales = None
+    if fp8:
+        check_native(x_TK.device)
+        (x_TK, x_scale_T1), (weight_NK, weight_scale_N1) = quantize(x_TK), quantize(weight_NK)
+        scales = (x_scale_T1, weight_scale_N1)
+    epilogue = {"residual_TN": residual_TN, "before_TA": before_TA}
+    linear_launch(x_TK, weight_NK.contiguous(), bias_N, out_TN, **epilogue, scale=scale, scales=scales).start()
+
+
 def linear_launch(
     x_TK: Tensor,
     weight_NK: Tensor,
@@ -77,14 +117,15 @@ def linear_launch(
     residual_TN: Tensor | None = None,
     before_TA: Tensor | None = None,
     scale: float = 1.0,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Launch:
     """Write `scale * x W^T + b + residual` to out; with `before`, its first A columns there, and through SiLU to out.
 
-    x and W are contiguous, and of one dtype.
+    x and W are contiguous, and of one dtype; if that is e4m3, each of their rows has one of the scales.
     """
     num_rows, num_columns = out_TN.shape
-    halves = x_TK.dtype != torch.float32
-    tile_T, tile_N, tile_K = (128, 128, 64) if halves else (64, 64, 32)
+    x_scale_T1, weight_scale_N1 = (None, None) if scales is None else scales
+    tile_T, tile_N, tile_K = TILES[x_TK.dtype]
     arguments = {
         "x_ptr": x_TK,
         "weight_ptr": weight_NK,
@@ -92,6 +133,8 @@ def linear_launch(
         "residual_ptr": residual_TN,
         "out_ptr": out_TN,
         "before_ptr": before_TA,
+        "x_scale_ptr": x_scale_T1,
+        "weight_scale_ptr": weight_scale_N1,
         "num_rows": num_rows,
         "num_columns": num_columns,
         "width": x_TK.shape[1],
@@ -99,9 +142,14 @@ def linear_launch(
         "scale": scale,
         # The interpreter multiplies the bits of bfloat16 as if they were integers.
         "widen": x_TK.device.type == "cpu",
+        # In a sum of FP8 products the tensor cores of sm_90 keep about 14 bits (DeepSeek-V3, arXiv 2412.19437, section
+        # 3.3.2), so each tile's sum is added to the others outside of them.
+        "longest_sum": 0 if scales is None else tile_K,
         "tile_T": tile_T,
         "tile_N": tile_N,
         "tile_K": tile_K,
     }
     grid = (triton.cdiv(num_rows, tile_T) * triton.cdiv(num_columns, tile_N),)
-    return Launch(linear_kernel, grid, arguments, {"num_warps": 8 if halves else 4, "num_stages": 3})
+    return Launch(
+        linear_kernel, grid, arguments, {"num_warps": 4 if x_TK.dtype == torch.float32 else 8, "num_stages": 3}
+    )

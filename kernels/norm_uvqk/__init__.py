@@ -23,6 +23,7 @@ def norm_uvqk(
     norm_bias_E: Tensor | None = None,
     num_activated: int,
     eps: float = 1e-6,
+    fp8: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Normalise the tokens and project them to u, v, q and k (HSTU, arXiv 2402.17152, section 3, equation 1).
@@ -40,6 +41,8 @@ def norm_uvqk(
         norm_bias_E: shift of the norm, likewise; both or neither.
         num_activated: A, from 0 to N.
         eps: added to the variance.
+        fp8: multiply tokens and weight in e4m3, each row scaled to its range, and sum in float32; CPUs emulate it. The
+            backward multiplies in the dtype of weight.
         backend: "cpu" is plain torch for any device, "triton" its kernels for GPUs, "reference" the definition, "auto"
             the fastest for the device.
 
@@ -47,7 +50,7 @@ def norm_uvqk(
         `[T, N]`, to be split into u, v, q, k.
 
     Raises:
-        ValueError: a shape, dtype, device or value breaks these rules, or the backend is unknown.
+        ValueError: a shape, dtype, device or value breaks these rules, the backend is unknown, or the GPU has no FP8.
     """
     check_matrices(x_TE, weight_NE, names=("x", "weight"))
     check_columns(x_TE, {"bias": bias_N}, len(weight_NE))
@@ -61,8 +64,8 @@ def norm_uvqk(
     with outside_autocast(x_TE):
         name = backend_for(x_TE, backend)
         if name == "reference":
-            return reference.norm_uvqk(x_TE, *weights, num_activated=num_activated, eps=eps)
-        return _forward(x_TE, *weights, num_activated, eps, name)[0]
+            return reference.norm_uvqk(x_TE, *weights, num_activated=num_activated, eps=eps, fp8=fp8)
+        return _forward(x_TE, *weights, num_activated, eps, fp8, name)[0]
 
 
 @torch.library.custom_op("ultrarec::norm_uvqk", mutates_args=())
@@ -74,11 +77,12 @@ def _forward(
     norm_bias_E: Tensor | None,
     num_activated: int,
     eps: float,
+    fp8: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """uvqk `[T, N]`, its activated columns before SiLU `[T, A]`, mean and 1 / deviation of each token `[T, 1]`."""
     run = implementation(__name__, backend).forward
-    return run(x_TE, weight_NE, bias_N, norm_weight_E, norm_bias_E, num_activated, eps)
+    return run(x_TE, weight_NE, bias_N, norm_weight_E, norm_bias_E, num_activated, eps, fp8)
 
 
 @torch.library.custom_op("ultrarec::norm_uvqk_backward", mutates_args=())
@@ -128,7 +132,7 @@ def _backward_shapes(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    *tensors, _, _, ctx.backend = inputs
+    *tensors, _, _, _, ctx.backend = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:])
@@ -136,10 +140,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _gradients(ctx: Any, duvqk_TN: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if duvqk_TN is None:
-        return (None,) * 8
+        return (None,) * 9
     grads = _backward(duvqk_TN.contiguous(), *ctx.saved_tensors, ctx.backend)
     wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[:5], strict=True)]
-    return (*wanted, None, None, None)
+    return (*wanted, None, None, None, None)
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..fp8 import multiply
 from ..layer_norm import affine, normalize, normalize_again, normalize_backward
 
 silu_backward = torch.ops.aten.silu_backward
@@ -19,12 +20,14 @@ def forward(
     norm_bias_E: Tensor | None,
     num_activated: int,
     eps: float,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """uvqk `[T, N]`; for the backward its activated columns before SiLU `[T, A]`, mean and 1 / deviation of x."""
     wide = x_TE.to(torch.promote_types(x_TE.dtype, torch.float32))
     normed_TE, mean, rstd = normalize(wide, eps)
     normed_TE = affine(normed_TE, norm_weight_E, norm_bias_E)
-    uvqk_TN = F.linear(normed_TE.to(weight_NE.dtype), weight_NE, bias_N)
+    normed_TE = normed_TE.to(weight_NE.dtype)
+    uvqk_TN = _fp8_linear(normed_TE, weight_NE, bias_N) if fp8 else F.linear(normed_TE, weight_NE, bias_N)
     if num_activated == len(weight_NE):
         return F.silu(uvqk_TN), uvqk_TN, mean, rstd
     before_TA = uvqk_TN[:, :num_activated].clone()
@@ -62,3 +65,9 @@ def backward(
         dnormed_TE.mul_(norm_weight_E)
     dx_TE = normalize_backward(dnormed_TE, wide, mean, rstd).to(x_TE.dtype)
     return dx_TE, dweight_NE, dbias_N, dnorm_weight_E, dnorm_bias_E
+
+
+def _fp8_linear(x_TE: Tensor, weight_NE: Tensor, bias_N: Tensor | None) -> Tensor:
+    """x W^T + b of x and W in e4m3, rounded once."""
+    product_TN = multiply(x_TE, weight_NE)
+    return (product_TN if bias_N is None else product_TN.add_(bias_N)).to(weight_NE.dtype)

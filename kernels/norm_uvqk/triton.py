@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launching import Launch
-from ..linear.triton import linear_launch
+from ..linear.triton import linear
 
 TILE = 4096
 """Elements of a program's tile: 32 per thread of four warps, which stay in registers."""
@@ -108,6 +108,7 @@ def forward(
     norm_bias_E: Tensor | None,
     num_activated: int,
     eps: float,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """uvqk `[T, N]`; for the backward its activated columns before SiLU `[T, A]`, mean and 1 / deviation of x."""
     x_TE, weight_NE = x_TE.contiguous(), weight_NE.contiguous()
@@ -116,7 +117,7 @@ def forward(
     norm_launch(x_TE, norm_weight_E, norm_bias_E, normed_TE, mean, rstd, eps).start()
     uvqk_TN = weight_NE.new_empty(len(x_TE), len(weight_NE))
     before_TA = weight_NE.new_empty(len(x_TE), num_activated)
-    linear_launch(normed_TE, weight_NE, bias_N, uvqk_TN, before_TA=before_TA).start()
+    linear(normed_TE, weight_NE, bias_N, uvqk_TN, before_TA=before_TA, fp8=fp8)
     return uvqk_TN, before_TA, mean, rstd
 
 

@@ -143,7 +143,7 @@ def test_torch_compile_makes_one_graph_with_the_same_result():
 def test_the_operator_passes_opcheck(affine):
     inputs = {name: x.requires_grad_() if x.is_floating_point() else x for name, x in inputs_of(affine=affine).items()}
     names = ("u", "a", "x", "weight", "bias", "norm_weight", "norm_bias", "seed")
-    options = (True, False, 0.3, 1e-6, "cpu")
+    options = (True, False, 0.3, 1e-6, False, "cpu")
     torch.library.opcheck(torch.ops.ultrarec.gated_output.default, (*(inputs.get(name) for name in names), *options))
 
 

@@ -128,7 +128,7 @@ def test_torch_compile_makes_one_graph_with_the_same_result():
 def test_the_operator_passes_opcheck(affine):
     inputs = {name: x.requires_grad_() for name, x in inputs_of(affine=affine).items()}
     tensors = (inputs["x"], inputs["weight"], inputs["bias"], inputs.get("norm_weight"), inputs.get("norm_bias"))
-    torch.library.opcheck(torch.ops.ultrarec.norm_uvqk.default, (*tensors, 10, 1e-6, "cpu"))
+    torch.library.opcheck(torch.ops.ultrarec.norm_uvqk.default, (*tensors, 10, 1e-6, False, "cpu"))
 
 
 @pytest.mark.parametrize(

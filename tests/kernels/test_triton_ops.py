@@ -13,13 +13,22 @@ from fused_ops import INTERPRETED
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ultrarec.kernels.fp8.triton import quantize_launch
 from ultrarec.kernels.gated_output import triton as gated_output
+from ultrarec.kernels.jagged.triton import jagged_launch
 from ultrarec.kernels.launching import Launch
 from ultrarec.kernels.linear.triton import linear_launch
 from ultrarec.kernels.norm_uvqk import triton as norm_uvqk
+from ultrarec.kernels.position_time_encoding.triton import encode_launch, sums_launch
 
 HERE = Path(__file__).parent
-INTERPRETED_FILES = ("test_norm_uvqk.py", "test_gated_output.py")
+INTERPRETED_FILES = (
+    "test_norm_uvqk.py",
+    "test_gated_output.py",
+    "test_jagged.py",
+    "test_position_time_encoding.py",
+    "test_fp8.py",
+)
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163),
     "sm_90": (GPUTarget("cuda", 90, 32), 227),
@@ -28,6 +37,8 @@ TARGETS = {
     "gfx950": (GPUTarget("hip", "gfx950", 64), 160),
 }
 """Each with the KiB of shared memory that a program may have."""
+NATIVE_FP8 = {"sm_90": "e4m3.e4m3", "sm_100": "kind::f8f6f4", "gfx950": "f8f6f4"}
+"""Those whose matrix instructions read e4m3, with the part of their names that says so."""
 MATRIX_INSTRUCTION = {
     "sm_80": "mma.sync",
     "sm_90": "wgmma",
@@ -35,7 +46,9 @@ MATRIX_INSTRUCTION = {
     "gfx942": "mfma",
     "gfx950": "mfma",
 }
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+ON_CPU_ONLY = ("widen", "rounds")
+"""Arguments that are true for the interpreter alone."""
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.float8_e4m3fn: "*fp8e4nv"}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
@@ -58,6 +71,8 @@ def launches() -> dict[str, Launch]:
     u, a, seed = y[:, :values].contiguous(), y[:, :values].reshape(-1, heads, dim), torch.zeros(1, dtype=torch.int64)
     gate = gated_output._arguments(u, a, *affine, seed, stats, stats, y, 0.3)
     backward = gated_output.gate_backward_launch(gate, y, u, a, scale=1.4)
+    rows, table = torch.zeros(num_tokens, dtype=torch.int64), torch.empty(100, width)
+    offsets, moved = torch.zeros(65, dtype=torch.int64), {"right_prefix": 2}
     return {
         "norm": norm_uvqk.norm_launch(x, *affine, normed, stats, stats, 1e-6),
         "norm_backward": norm_uvqk.norm_backward_launch(normed, x, *affine, stats, stats, x, normed, parts),
@@ -65,12 +80,35 @@ def launches() -> dict[str, Launch]:
         "output": linear_launch(y, torch.empty(width, 3 * values).bfloat16(), affine[0], x, residual_TN=x, scale=1.4),
         "gate": gated_output.gate_launch(gate, eps=1e-6),
         "gate_backward": backward,
+        "jagged_concat": jagged_launch(x, x[:400], x[400:], offsets, offsets, **moved, joins=True),
+        "jagged_split": jagged_launch(x, x[:400], x[400:], offsets, offsets, **moved, joins=False),
+        "encode": encode_launch(x, table, rows, table, rows, x, scale=22.6),
+        "row_sums": sums_launch(x, rows, rows[:100], rows[:100], table),
+        "row_sums_of_parts": sums_launch(x, None, rows[:100], rows[:100], table),
+    }
+
+
+def fp8_launches() -> dict[str, Launch]:
+    """The kernels of FP8 at the same width."""
+    x, uvqk = torch.empty(1000, 512), torch.empty(1000, 2048, dtype=torch.bfloat16)
+    x_fp8, weight_fp8, scales = (
+        x.to(torch.float8_e4m3fn),
+        torch.empty(2048, 512).to(torch.float8_e4m3fn),
+        torch.ones(2048),
+    )
+    output_weight, before = weight_fp8.view(512, 2048), uvqk[:, :512].contiguous()
+    return {
+        "quantize": quantize_launch(x.bfloat16(), x_fp8, scales),
+        "uvqk": linear_launch(x_fp8, weight_fp8, scales, uvqk, before_TA=before, scales=(scales, scales)),
+        "output": linear_launch(
+            uvqk.to(torch.float8_e4m3fn), output_weight, None, x, residual_TN=x, scale=1.4, scales=(scales, scales)
+        ),
     }
 
 
 def compiled(launch: Launch, target: GPUTarget):
     """The kernel as this launch would compile it, with what Triton learns from aligned arguments."""
-    arguments = {**launch.arguments, "widen": False} if "widen" in launch.arguments else launch.arguments
+    arguments = {name: False if name in ON_CPU_ONLY else value for name, value in launch.arguments.items()}
     signature, constants, hints = {}, {}, {}
     for place, parameter in enumerate(launch.kernel.params):
         value = arguments[parameter.name]
@@ -98,15 +136,30 @@ def registers_and_stack(cubin: bytes, path: Path) -> tuple[int, int]:
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_kernel_compiles_without_spills_and_within_shared_memory(name, tmp_path):
-    target, shared_kib = TARGETS[name]
     for kernel_name, launch in launches().items():
-        kernel = compiled(launch, target)
-        assert kernel.metadata.shared <= shared_kib * 1024, kernel_name
-        code = kernel.asm["ptx"] if target.backend == "cuda" else kernel.asm["amdgcn"]
-        if target.backend == "cuda":
-            _, stack = registers_and_stack(kernel.asm["cubin"], tmp_path / f"{kernel_name}.cubin")
-            assert stack == 0, kernel_name
-        else:
-            assert re.search(r"vgpr_spill_count: +0\b", code), kernel_name
+        code = checked_code(kernel_name, launch, name, tmp_path)
         if kernel_name in ("uvqk", "output"):
-            assert MATRIX_INSTRUCTION.get(name, "mfma") in code, kernel_name
+            assert MATRIX_INSTRUCTION[name] in code, kernel_name
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("name", NATIVE_FP8)
+def test_products_in_fp8_compile_to_matrix_instructions_that_read_it(name, tmp_path):
+    for kernel_name, launch in fp8_launches().items():
+        code = checked_code(kernel_name, launch, name, tmp_path)
+        if kernel_name != "quantize":
+            assert re.search(MATRIX_INSTRUCTION[name] + ".*" + NATIVE_FP8[name], code), kernel_name
+
+
+def checked_code(kernel_name: str, launch: Launch, name: str, folder: Path) -> str:
+    """The assembly of a kernel for a target, once it is known to fit and to spill nothing."""
+    target, shared_kib = TARGETS[name]
+    kernel = compiled(launch, target)
+    assert kernel.metadata.shared <= shared_kib * 1024, kernel_name
+    if target.backend == "cuda":
+        _, stack = registers_and_stack(kernel.asm["cubin"], folder / f"{kernel_name}.cubin")
+        assert stack == 0, kernel_name
+        return kernel.asm["ptx"]
+    code = kernel.asm["amdgcn"]
+    assert re.search(r"vgpr_spill_count: +0\b", code), kernel_name
+    return code

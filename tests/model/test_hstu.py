@@ -260,6 +260,7 @@ REMATERIALIZED = [
     pytest.param({**RESEARCH, "relative_bias": "position_time", "dropout": 0.4}, id="research"),
     pytest.param({**INDUSTRIAL, "dropout": 0.4}, id="industrial"),
     pytest.param({**INDUSTRIAL, "norm": "group_norm"}, id="industrial with group norm"),
+    pytest.param({**INDUSTRIAL, "dropout": 0.4, "fp8_projections": True}, id="industrial in fp8"),
 ]
 
 
@@ -313,10 +314,12 @@ def kept_bytes_per_token(config: ModelConfig, num_tokens: int) -> float:
     return kept / num_tokens - out.element_size() * config.width
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["", "fp8"])
 @pytest.mark.parametrize("gating", ["norm_times_u", "concat"])
-def test_a_rematerialised_layer_keeps_the_attention_output_and_statistics(gating):
+def test_a_rematerialised_layer_keeps_the_attention_output_and_statistics(gating, fp8):
     width, heads, qk, value = 24, 2, 16, 12
     settings = {"width": width, "num_layers": 1, "num_heads": heads, "qk_dim": qk, "value_dim": value, "dropout": 0.3}
+    settings["fp8_projections"] = fp8
     num_tokens = 2048
     all_kept = kept_bytes_per_token(ModelConfig(**settings, gating=gating), num_tokens)
     kept = kept_bytes_per_token(ModelConfig(**settings, gating=gating, rematerialize=True), num_tokens)
