@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from .loop import train
     from .parallel import join
     from .run import open_run
+    from .storage import checkpoint_home
     from .summary import summary
 
     with join(config.trainer) as world:
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 1
         if world.is_main:
-            print(summary(out), flush=True)
+            print(summary(out, checkpoint_home(config.checkpoint, out)), flush=True)
     return 0
 
 

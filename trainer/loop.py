@@ -10,15 +10,16 @@ import torch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from ..data.batch import Batch
+from ..data.errors import UserError
 from ..data.loader import Loader
 from ..data.samples import Split
-from . import checkpoint
 from .checkpoint import Trainable
 from .config import Config
 from .evaluate import Evaluator
 from .manifest import MANIFEST, checkpoint_folder
 from .parallel import World, on_main, sum_over_ranks
 from .report import METRICS_FILE, Audit, Reporter, read_lines
+from .saver import Saver
 from .state import TrainState, Window
 from .step import Step, Trained, train_step
 
@@ -47,6 +48,7 @@ class Run:
     total_steps: int
     reporter: Reporter
     audit: Audit | None
+    saver: Saver
     meter: Meter = field(default_factory=Meter)
 
     @property
@@ -106,6 +108,7 @@ def log(run: Run, step: Step) -> None:
             "grad_norm": float(step.gradient_norm),
             "tokens_per_second": tokens / seconds,
             "samples_per_second": samples / seconds,
+            **({"failed_saves": run.saver.failures} if run.saver.failures else {}),
         }
     )
     run.state.window = Window()
@@ -126,19 +129,10 @@ def evaluate(run: Run, split: Split) -> None:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint; every line of metrics and audit up to its step is on disk before it counts as complete."""
+    """Begin to write a checkpoint; the metrics and audit up to its step are on disk before it counts as complete."""
     start = time.monotonic()
-    run.reporter.sync()
-    if run.audit is not None:
-        run.audit.sync()
-    checkpoint.save(
-        run.trainable,
-        run.out,
-        world=run.world,
-        config_hash=run.config.training_hash(),
-        dataset=run.evaluator.info.fingerprint,
-        keep_last=run.config.checkpoint.keep_last,
-    )
+    audit = [run.audit.sync] if run.audit is not None else []
+    run.saver.save(run.trainable.pieces(run.world), run.state, sync=[run.reporter.sync, *audit])
     run.meter.start += time.monotonic() - start
 
 
@@ -151,5 +145,10 @@ def finish(run: Run) -> None:
     for split in run.evaluator.held_out:
         if split not in done:
             evaluate(run, split)
-    if not on_main(run.world, (checkpoint_folder(run.out, step) / MANIFEST).is_file):
+    if not on_main(run.world, (checkpoint_folder(run.saver.home, step) / MANIFEST).is_file):
         save(run)
+    if error := run.saver.wait():
+        raise UserError(
+            f"the last step's checkpoint could not be written to {run.saver.home}: {error}; mend that and "
+            "give the same command again: the run continues from its newest complete checkpoint"
+        )

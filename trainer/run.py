@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,14 @@ from .checkpoint import Trainable
 from .config import Config
 from .evaluate import Evaluator
 from .loop import Run
-from .manifest import Manifest, complete_checkpoints
+from .manifest import Manifest, complete_checkpoints, newest_at
 from .optimizer import Optimizer
 from .parallel import World, on_main
 from .report import Audit, Reporter, forget_after
+from .saver import Saver
 from .state import TrainState
 from .step import build_pipeline
+from .storage import Location, checkpoint_home, location
 
 CONFIG_FILE = "config.toml"
 PLAN_FILE = "plan.txt"
@@ -33,17 +36,24 @@ def open_run(config: Config, out: Path, world: World, *, fresh: bool) -> Iterato
         UserError: the dataset, the configuration or the run folder does not allow it.
     """
     info = load_dataset(config)
-    newest = on_main(world, lambda: _newest_checkpoint(config, out, info.fingerprint, fresh=fresh))
+    complete = on_main(world, lambda: _own_checkpoints(config, out, info.fingerprint, fresh=fresh))
     sharded = shard(build_recommender(config, info), config, world)
     trainable = _trainable(config, sharded)
-    if newest is not None:
-        checkpoint.load(trainable, newest, world=world)
+    newest = _take_up(trainable, complete, config, world)
     state = trainable.state
     loader = build_loader(config, info, world, split="train", state=state.loader)
     total_steps = trainable.optimizer.total_steps = _total_steps(config, loader)
     on_main(world, lambda: _prepare_folder(config, out, sharded.plan, state.step))
     reporter = Reporter(out, is_main=world.is_main, step=state.step, total_steps=total_steps)
     audit = Audit(out, rank=world.rank) if config.data.audit else None
+    saver = Saver(
+        config.checkpoint,
+        out,
+        world,
+        config_hash=config.training_hash(),
+        dataset=info.fingerprint,
+        say=reporter.say,
+    )
     reporter.say(_greeting(out, sharded.plan, newest, world, state.step, total_steps))
     try:
         yield Run(
@@ -57,41 +67,63 @@ def open_run(config: Config, out: Path, world: World, *, fresh: bool) -> Iterato
             total_steps=total_steps,
             reporter=reporter,
             audit=audit,
+            saver=saver,
         )
     finally:
         loader.close()
+        saver.close()
         reporter.close()
         if audit is not None:
             audit.close()
 
 
-def _newest_checkpoint(config: Config, out: Path, dataset: str, *, fresh: bool) -> Path | None:
-    """Where to continue; the run folder must belong to this configuration, or to nothing yet."""
-    complete = complete_checkpoints(out)
+def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool) -> list[Location]:
+    """The complete checkpoints of this run, which must belong to this configuration."""
+    home = checkpoint_home(config.checkpoint, out)
+    try:
+        complete = complete_checkpoints(home)
+    except OSError as error:
+        raise UserError(f"cannot look for checkpoints in {home}: {error}; check checkpoint.path and its keys") from None
     if fresh and (complete or (out / CONFIG_FILE).exists()):
         raise UserError(f"--fresh: {out} already holds a run; choose another --out, or delete that folder")
     if not complete:
-        return None
+        return []
     manifest = Manifest.read(complete[-1])
     if manifest.dataset != dataset:
         raise UserError(
-            f"{out} holds a run on another dataset than {config.data.path} is now (fingerprints {manifest.dataset} and "
-            f"{dataset}): ids would mean other items; restore the dataset to continue it, or choose another --out"
+            f"{home} holds a run on another dataset than {config.data.path} is now (fingerprints {manifest.dataset} "
+            f"and {dataset}): ids would mean other items; restore the dataset to continue it, or choose another --out"
         )
     if manifest.config_hash != config.training_hash():
         raise UserError(
-            f"{out} holds a run of another configuration (data, embeddings, model or objective differ from "
+            f"{home} holds a run of another configuration (data, embeddings, model or objective differ from "
             f"{out / CONFIG_FILE}); restore those settings to continue it, or choose another --out"
         )
-    return complete[-1]
+    return complete
+
+
+def _take_up(trainable: Trainable, complete: list[Location], config: Config, world: World) -> Location | None:
+    """Load where to continue or begin from; returns the checkpoint that is continued."""
+
+    def say(text: str) -> None:
+        if world.is_main:
+            print(text, file=sys.stderr, flush=True)
+
+    if complete:
+        return checkpoint.load_newest(trainable, complete, world=world, say=say)
+    if config.checkpoint.start_from is not None:
+        start = on_main(world, lambda: newest_at(location(config.checkpoint.start_from or "")))
+        checkpoint.load_start(trainable, start, world=world)
+        say(f"beginning with the weights of {start}")
+    return None
 
 
 def _trainable(config: Config, sharded: Sharded) -> Trainable:
     parallel = sharded.parallel
-    sparse = parallel.fused_optimizer
-    tables = {name for name in parallel.state_dict() if name.startswith("lookup.")}
-    dense = {name: p for name, p in parallel.named_parameters() if name not in tables}
-    return Trainable(parallel, Optimizer(config.optimizer, dense=dense, sparse=sparse, total_steps=1), TrainState())
+    dense = {name: p for name, p in parallel.named_parameters() if not name.startswith(checkpoint.TABLES)}
+    sparse, replicated = parallel.fused_optimizer, parallel.module.lookup.replicated
+    optimizer = Optimizer(config.optimizer, dense=dense, sparse=sparse, replicated=replicated, total_steps=1)
+    return Trainable(parallel, optimizer, TrainState())
 
 
 def _total_steps(config: Config, loader: Loader) -> int:
@@ -114,7 +146,7 @@ def _prepare_folder(config: Config, out: Path, plan: str, step: int) -> None:
         raise UserError(f"cannot write the run folder {out}: {error.strerror}; choose another --out") from None
 
 
-def _greeting(out: Path, plan: str, newest: Path | None, world: World, step: int, total_steps: int) -> str:
+def _greeting(out: Path, plan: str, newest: Location | None, world: World, step: int, total_steps: int) -> str:
     start = f"continuing from {newest}" if newest else "starting"
     if newest is not None and step >= total_steps:
         start = f"finished at {newest}"

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from process_group import run_ranks
 from small_runs import (
     audit,
@@ -78,10 +79,10 @@ def test_the_compared_checkpoints_hold_everything_that_training_changes(whole):
         f"rank/{rank}/{key}" for rank in (0, 1) for key in ("cpu_rng", "window")
     }
     tables = {name: tensor for name, tensor in tensors.items() if name.startswith("tables/")}
-    assert {name.split(".")[-2] for name in tensors if name.startswith("weights/lookup")} == {"item", "user_id"}
-    for table, rows in (("item", 46), ("user_id", 31)):
-        sums = [tensor for name, tensor in tables.items() if table in name and tensor.numel() >= rows]
-        assert any(bool(tensor.any()) for tensor in sums), f"no Adagrad sums of {table}"
+    assert tables.keys() == {
+        f"tables/{table}/{what}" for table in ("item", "user_id") for what in ("weight", "momentum1/columns-0-8")
+    }
+    assert all(bool(tensor.any()) for tensor in tables.values())
     assert any(name.endswith("exp_avg_sq") and bool(tensor.any()) for name, tensor in tensors.items())
 
 
@@ -106,6 +107,24 @@ def test_a_run_continues_on_another_number_of_ranks(trained, dataset, tmp_path, 
         assert {epoch: sorted(s) for epoch, s in audit(out).items()} == {
             epoch: sorted(s) for epoch, s in audit(uninterrupted).items()
         }, kind
+
+
+@pytest.mark.parametrize(
+    ("world_size", "item", "user_id"),
+    [(2, "data_parallel", "row_wise"), (3, "data_parallel", "data_parallel"), (1, "table_wise", "data_parallel")],
+)
+def test_a_run_continues_with_another_plan(trained, dataset, tmp_path, world_size, item, user_id):
+    whole = trained(2)["ranking"]
+    out = interrupted(whole, tmp_path / "out", step=10)
+    plan = (f"embeddings.sharding.item={item}", f"embeddings.sharding.user_id={user_id}")
+    run_ranks(train_on_ranks, [(config_of(dataset, "ranking", *plan), out)], world_size=world_size)
+    assert losses(out) == pytest.approx(losses(whole), rel=1e-5)
+    for split in ("validation", "test"):
+        (found,), (expected,) = lines(out, split), lines(whole, split)
+        assert found == pytest.approx(expected, rel=1e-4)
+    expected, found = final_tensors(whole), final_tensors(out)
+    for name in ("tables/item/weight", "tables/user_id/weight", "tables/item/momentum1/columns-0-8"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_may_change_its_number_of_ranks_again_and_again(trained, dataset, tmp_path):
@@ -163,17 +182,20 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("problem", DAMAGE)
-@pytest.mark.parametrize("name", ["__1_0.distcp", ".metadata"])
-def test_a_damaged_checkpoint_is_not_loaded(trained, dataset, tmp_path, problem, name):
-    out = interrupted(trained(2)["ranking"], tmp_path / "out", step=10)
+@pytest.mark.parametrize("name", ["rank-00001.safetensors", "index.json"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_used(trained, dataset, tmp_path, capsys, problem, name):
+    out = interrupted(trained(1)["ranking"], tmp_path / "out", step=10)
+    shutil.copytree(checkpoint_folder(trained(2)["ranking"], 10), checkpoint_folder(out, 10), dirs_exist_ok=True)
     folder = checkpoint_folder(out, 10)
     DAMAGE[problem](folder / name)
-    with pytest.raises(RuntimeError) as caught:
-        run_ranks(train_on_ranks, [(config_of(dataset, "ranking"), out)], world_size=1)
-    told = str(caught.value).strip().splitlines()[-1]
-    assert f"UserError: checkpoint {folder} is damaged: {name} " in told
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(config_of(dataset, "ranking", "trainer.max_steps=11").to_toml())
+    assert main([str(recipe), "--out", str(out)]) == 0
+    told = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("ATTENTION"))
+    assert told.startswith(f"ATTENTION: checkpoint {folder} is damaged: {name} ")
     assert problem in told
-    assert told.endswith("; delete that folder to use an older one")
+    assert told.endswith("; looking for the checkpoint before it")
+    assert complete_checkpoints(out) == [checkpoint_folder(out, 5), checkpoint_folder(out, 11)]
 
 
 def train_by_command(dataset: Path, kind: str, out: Path, *arguments: str) -> int:
