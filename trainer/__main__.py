@@ -40,15 +40,20 @@ def run(args: argparse.Namespace) -> int:
     from .loop import train
     from .parallel import join
     from .run import open_run
+    from .signals import StopRequested, requests_to_stop
     from .summary import summary
 
-    with join(config.trainer) as world:
+    with join(config.trainer) as world, requests_to_stop() as request:
         try:
-            with open_run(config, out, world, fresh=args.fresh) as opened:
+            with open_run(config, out, world, fresh=args.fresh, request=request) as opened:
                 train(opened)
         except NotFiniteError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except StopRequested as stop:
+            if world.is_main:
+                print(f"{stop}; the same command continues the run", file=sys.stderr)
+            return stop.exit_code
         if world.is_main:
             print(summary(out), flush=True)
     return 0

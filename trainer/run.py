@@ -17,48 +17,77 @@ from .loop import Run
 from .manifest import Manifest, complete_checkpoints
 from .optimizer import Optimizer
 from .parallel import World, on_main
+from .pipeline import GuardedPipeline
 from .report import Audit, Reporter, forget_after
+from .signals import StopRequest
 from .state import TrainState
-from .step import build_pipeline
+from .timing import Timer
+from .watchdog import Watchdog
 
 CONFIG_FILE = "config.toml"
 PLAN_FILE = "plan.txt"
 
 
 @contextmanager
-def open_run(config: Config, out: Path, world: World, *, fresh: bool) -> Iterator[Run]:
+def open_run(
+    config: Config, out: Path, world: World, *, fresh: bool, request: StopRequest | None = None
+) -> Iterator[Run]:
     """Build every part, take up the newest complete checkpoint in `out`, and close all files at the end.
 
     Raises:
         UserError: the dataset, the configuration or the run folder does not allow it.
     """
+    fingerprint = load_dataset(config).fingerprint
+    newest = on_main(world, lambda: _newest_checkpoint(config, out, fingerprint, fresh=fresh))
+    with assemble(config, out, world, newest, request=request or StopRequest()) as run:
+        yield run
+
+
+@contextmanager
+def assemble(config: Config, out: Path, world: World, start: Path | None, *, request: StopRequest) -> Iterator[Run]:
+    """A run that writes to `out` and continues from the checkpoint `start`, or begins."""
     info = load_dataset(config)
-    newest = on_main(world, lambda: _newest_checkpoint(config, out, info.fingerprint, fresh=fresh))
-    sharded = shard(build_recommender(config, info), config, world)
+    recommender = build_recommender(config, info)
+    sharded = shard(recommender, config, world)
     trainable = _trainable(config, sharded)
-    if newest is not None:
-        checkpoint.load(trainable, newest, world=world)
+    if start is not None:
+        checkpoint.load(trainable, start, world=world)
     state = trainable.state
     loader = build_loader(config, info, world, split="train", state=state.loader)
     total_steps = trainable.optimizer.total_steps = _total_steps(config, loader)
     on_main(world, lambda: _prepare_folder(config, out, sharded.plan, state.step))
     reporter = Reporter(out, is_main=world.is_main, step=state.step, total_steps=total_steps)
     audit = Audit(out, rank=world.rank) if config.data.audit else None
-    reporter.say(_greeting(out, sharded.plan, newest, world, state.step, total_steps))
+    watchdog = Watchdog(out, rank=world.rank, seconds=config.trainer.watchdog_seconds)
+    reporter.say(_greeting(out, sharded.plan, start, world, state.step, total_steps))
+    timer = Timer(world.device)
+    timer.watch_module(recommender.lookup, "exchange")
+    pipeline = GuardedPipeline(
+        sharded.parallel,
+        recommender.cut,
+        trainable.optimizer.dense,
+        config=config.trainer,
+        world=world,
+        timer=timer,
+        request=request,
+    )
     try:
         yield Run(
             config=config,
             world=world,
             out=out,
             trainable=trainable,
-            pipeline=build_pipeline(sharded.parallel, config.trainer, world),
+            pipeline=pipeline,
             loader=loader,
             evaluator=Evaluator(config, info, world, sharded.parallel),
             total_steps=total_steps,
             reporter=reporter,
             audit=audit,
+            timer=timer,
+            watchdog=watchdog,
         )
     finally:
+        watchdog.close()
         loader.close()
         reporter.close()
         if audit is not None:
