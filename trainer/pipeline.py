@@ -127,11 +127,18 @@ class GuardedPipeline(TrainPipelineSparseDist[Batch, Trained]):
 
     def _faults(self) -> tuple[str, ...]:
         """What is not finite, by rank; only asked for when something is."""
-        named = {"the loss": self._mean_loss}
-        named |= {f"the gradient of embeddings of {key!r}": grad for key, grad in self._cut.gradients().items()}
-        # Averaged over ranks inside backward, so these are alike on all of them and say least: they come last.
-        named |= {f"the gradient of {name}": p.grad for name, p in self._dense.items() if p.grad is not None}
-        own = [name for name, value in named.items() if not torch.isfinite(value.norm())]
-        shown = [*own[:NAMES_SHOWN], *([f"{len(own) - NAMES_SHOWN} more"] if len(own) > NAMES_SHOWN else [])]
-        said = gather_objects(", ".join(shown))
-        return tuple(f"rank {rank}: {text}" for rank, text in enumerate(said) if text)
+        tables = {f"the gradient of embeddings of {key!r}": grad for key, grad in self._cut.gradients().items()}
+        dense = {f"the gradient of {name}": p.grad for name, p in self._dense.items() if p.grad is not None}
+        # A bad loss makes everything behind it bad, so the first of these tells most.
+        own = _not_finite({"the loss": self._mean_loss}) or _not_finite(tables)
+        found = gather_objects((own, _not_finite(dense)))
+        # Averaged over ranks inside backward, the dense gradients do not tell where they went wrong.
+        first = 0 if any(local for local, _ in found) else 1
+        return tuple(f"rank {rank}: {', '.join(names[first])}" for rank, names in enumerate(found) if names[first])
+
+
+def _not_finite(named: dict[str, Tensor]) -> list[str]:
+    """The names of the tensors that are not finite, the first few of them."""
+    names = [name for name, value in named.items() if not torch.isfinite(value.norm())]
+    more = len(names) - NAMES_SHOWN
+    return [*names[:NAMES_SHOWN], f"{more} more"] if more > 0 else names

@@ -38,17 +38,17 @@ def spoil(run: Run, what: str, *, batches: set[int], rank: int) -> None:
     seen = -1
 
     def is_due() -> bool:
-        return seen in batches and dist.get_rank() == rank and torch.is_grad_enabled()
+        return seen in batches and dist.get_rank() == rank
 
     def count(module: Any, args: Any) -> None:
         nonlocal seen
         seen += torch.is_grad_enabled()
 
     def spoil_loss(module: Any, args: Any, output: Any) -> Any:
-        return (output[0] * math.nan, output[1]) if is_due() else output
+        return (output[0] * math.nan, output[1]) if is_due() and module.training else output
 
     def spoil_gradient(module: Any, args: Any, output: Any) -> None:
-        if is_due():
+        if is_due() and module.training:
             output["item"].register_hook(lambda gradient: gradient * math.inf)
 
     recommender = run.trainable.parallel.module
