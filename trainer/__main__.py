@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.errors import UserError
+from .attempts import final_exit_code, remember_final
 from .config import load_config
 from .noise import silence
 
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
             with open_run(config, out, world, fresh=args.fresh, request=request) as opened:
                 train(opened)
         except NotFiniteError as error:
+            remember_final(1)
             print(f"error: {error}", file=sys.stderr)
             return 1
         except StopRequested as stop:
@@ -63,9 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, and turn a user's error into one message and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m ultrarec.trainer", description=__doc__)
     add_arguments(parser)
+    if (code := final_exit_code()) is not None:
+        return code
     try:
         return run(parser.parse_args(argv))
     except UserError as error:
+        remember_final(2)
         if os.environ.get("RANK", "0") != "0":
             # Mostly every rank finds the same fault; torchrun ends them all once rank 0 has said it and ended.
             time.sleep(SECONDS_FOR_RANK_0)

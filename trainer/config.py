@@ -100,8 +100,12 @@ class LaunchConfig(Section):
     memory_gib_per_node: int = Field(default=8, gt=0)
     image: str = "ultrarec:latest"
     """Container image, for schedulers that run one."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Restarts in place, by torchrun, after a process failed; each continues from the newest complete checkpoint."""
     max_retries: int = Field(default=3, ge=0)
-    """Restarts after a failure; each continues from the newest complete checkpoint."""
+    """Restarts of the whole job by the scheduler, after torchrun has given up or a node was taken away."""
+    grace_seconds: int = Field(default=120, gt=0)
+    """Time to finish a step and save after SIGTERM, before torchrun kills; the scheduler's own limit must be longer."""
 
 
 class Config(Section):
