@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 MomentDecay = Annotated[float, Field(ge=0, lt=1)]
-Sharding = Literal["auto", "row_wise", "table_wise", "column_wise"]
+Sharding = Literal["auto", "row_wise", "table_wise", "column_wise", "data_parallel"]
 
 
 class EmbeddingOptimizerConfig(BaseModel):
@@ -34,7 +34,8 @@ class EmbeddingsConfig(BaseModel):
     init_std: float = Field(default=0.02, gt=0)
     sharding: dict[str, Sharding] = {}
     """Per table: how its weights are split over ranks; a table that is not named is placed by the planner, row- or
-    table-wise. `column_wise` cuts columns into pieces of at least 128, each with a `rowwise_adagrad` sum of its own."""
+    table-wise. `column_wise` cuts columns into pieces of at least 128, each with a `rowwise_adagrad` sum of its own;
+    `data_parallel` keeps a small table whole on every rank, and sums its gradients over them, row by row."""
     hbm_gib: float | None = Field(default=None, gt=0)
     """Device memory per rank that tables may use, in GiB; default: what the device has, less the planner's reserve."""
     optimizer: EmbeddingOptimizerConfig = EmbeddingOptimizerConfig()

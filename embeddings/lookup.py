@@ -6,44 +6,57 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from .config import EmbeddingsConfig
+from .replicated import ReplicatedTables
+from .shards import local_shards
 from .tables import init_rows
 
 
 class Lookup(nn.Module):
-    """Looks up every key of a batch; `collection` is what DistributedModelParallel replaces by its sharded twin."""
+    """Looks up every key of a batch; `collection` is what DistributedModelParallel replaces by its sharded twin.
 
-    def __init__(self, tables: Sequence[EmbeddingConfig], *, dim: int) -> None:
+    Args:
+        tables: all tables.
+        config: which of them every rank holds whole, and how those learn.
+    """
+
+    def __init__(self, tables: Sequence[EmbeddingConfig], config: EmbeddingsConfig) -> None:
         super().__init__()
-        self.collection = EmbeddingCollection(tables=list(tables), device=torch.device("meta"))
+        whole = [table for table in tables if config.sharding.get(table.name) == "data_parallel"]
+        cut = [table for table in tables if table not in whole]
+        self.collection = EmbeddingCollection(tables=cut, device=torch.device("meta")) if cut else None
+        self.replicated = ReplicatedTables(whole, config.optimizer) if whole else None
         self.keys = [key for table in tables for key in table.feature_names]
-        self.dim = dim
+        self.sharded_keys = [key for table in cut for key in table.feature_names]
+        self.dim = config.dim
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Vectors per key, [values of the key, dim], in the order of the ids."""
-        looked_up = self.collection(ids)
+        vectors: dict[str, Tensor] = {}
+        if self.collection is not None:
+            looked_up = self.collection(ids)
+            vectors |= {key: looked_up[key].values() for key in self.sharded_keys}
+        if self.replicated is not None:
+            replicated = self.replicated(ids)
+            vectors |= {key: replicated[key] for key in self.replicated.table_of}
         # Rows are stored padded to fbgemm's vector width; the padding receives no gradient.
-        return {key: looked_up[key].values()[:, : self.dim] for key in self.keys}
+        return {key: vectors[key][:, : self.dim] for key in self.keys}
 
 
-def init_tables(module: nn.Module, *, std: float, seed: int) -> None:
-    """Give every local shard of the sharded tables inside `module` its part of the tables' initial values."""
-    for sharded in module.modules():
-        if isinstance(sharded, ShardedEmbeddingCollection):
-            for fqn, weight in sharded.state_dict().items():
-                table = fqn.split(".")[-2]
-                for shard in weight.local_shards():
-                    row, column = shard.metadata.shard_offsets
-                    init_rows(
-                        shard.tensor,
-                        table=table,
-                        first_row=row,
-                        first_column=column,
-                        dim=weight.size(1),
-                        std=std,
-                        seed=seed,
-                    )
+def init_tables(parallel: DistributedModelParallel, *, std: float, seed: int) -> None:
+    """Give every shard that this rank holds its part of the tables' initial values."""
+    for shard in local_shards(parallel):
+        init_rows(
+            shard.weight_RD,
+            table=shard.table,
+            first_row=shard.first_row,
+            first_column=shard.first_column,
+            dim=shard.num_columns,
+            std=std,
+            seed=seed,
+        )

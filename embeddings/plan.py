@@ -20,10 +20,9 @@ from ..data.errors import UserError
 from .config import EmbeddingOptimizerConfig, EmbeddingsConfig
 
 OPTIMIZERS = {"rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "adam": EmbOptimType.ADAM}
-# data_parallel is left out: fbgemm's dense CPU kernel pools sequences although pooling is off, so it would
-# train on the CPU only with wrong shapes; and a table small enough for it belongs to the model as nn.Embedding.
-# Nor does the planner cut columns unasked: row-wise Adagrad keeps one sum per piece of a row, so that a table would
-# learn otherwise on a cluster whose planner cuts it.
+# The planner replicates no table unasked: TorchRec's own way fails on the CPU (see replicated.py), and ours pays with a
+# sum over all rows in every step. Nor does it cut columns unasked: row-wise Adagrad keeps one sum per piece of a row, so
+# that a table would learn otherwise on a cluster whose planner cuts it.
 PLANNED = [ShardingType.ROW_WISE, ShardingType.TABLE_WISE]
 RESERVED_SHARE = 0.15
 """Part of a device's memory that the planner leaves to activations and the dense model."""
@@ -51,13 +50,14 @@ def make_plan(
     """Plan the tables inside `module` over all ranks of the default process group; every rank gets the same plan.
 
     Raises:
-        UserError: `embeddings.sharding` names a table that does not exist, or the tables do not fit.
+        UserError: `embeddings.sharding` names a table that does not exist or cannot be placed so, or the tables do not
+            fit.
     """
     sharder = EmbeddingCollectionSharder(fused_params=fused_params(config.optimizer))
     names = [table.name for m in module.modules() for table in getattr(m, "embedding_configs", list)()]
-    unknown = sorted(set(config.sharding) - set(names))
-    if unknown:
-        raise UserError(f"embeddings.sharding names {unknown}; the tables of this run are {names}")
+    _check_names(config, [*names, *(table for m in module.modules() for table in getattr(m, "table_of", {}).values())])
+    if not names:
+        return ShardingPlan({}), sharder
     planner = EmbeddingShardingPlanner(
         topology=_topology(config, device),
         constraints={name: _constraints(config.sharding.get(name, "auto")) for name in names},
@@ -71,6 +71,19 @@ def make_plan(
             f"no sharding plan fits {dist.get_world_size()} rank(s): {reason}; "
             "add ranks, lower embeddings.dim, or change embeddings.sharding / embeddings.hbm_gib"
         ) from error
+
+
+def _check_names(config: EmbeddingsConfig, tables: list[str]) -> None:
+    if unknown := sorted(set(config.sharding) - set(tables)):
+        raise UserError(
+            f"embeddings.sharding names {unknown}; the tables of this run are {list(dict.fromkeys(tables))}"
+        )
+    replicated = [name for name, sharding in config.sharding.items() if sharding == "data_parallel"]
+    if replicated and config.optimizer.kind != "rowwise_adagrad":
+        raise UserError(
+            f"embeddings.sharding places {replicated} data_parallel, which learn by rowwise_adagrad only, but "
+            f"embeddings.optimizer.kind={config.optimizer.kind!r}; use rowwise_adagrad, or another placement"
+        )
 
 
 def _constraints(sharding: str) -> ParameterConstraints:
@@ -98,6 +111,7 @@ def _topology(config: EmbeddingsConfig, device: torch.device) -> Topology:
 
 def describe_plan(plan: ShardingPlan, config: EmbeddingsConfig) -> str:
     """The plan as a table of text: for each table its placement, why, and the rows and columns of each rank."""
+    replicated = sorted(name for name, sharding in config.sharding.items() if sharding == "data_parallel")
     lines = [
         f"{'table':<16} {'sharding':<12} {'kernel':<8} {'placed by':<14} shards: rank [rows x columns at row, column]"
     ]
@@ -108,6 +122,9 @@ def describe_plan(plan: ShardingPlan, config: EmbeddingsConfig) -> str:
             lines.append(
                 f"{table:<16} {placement.sharding_type:<12} {placement.compute_kernel:<8} {reason:<14} {shards}"
             )
+    lines += [
+        f"{table:<16} {'data_parallel':<13} {'dense':<7} {'recipe':<14} whole on every rank" for table in replicated
+    ]
     return "\n".join(lines) + "\n"
 
 

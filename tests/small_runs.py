@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ultrarec.data.synthetic import random_histories, write_dataset
 from ultrarec.trainer.config import Config, load_config
 from ultrarec.trainer.loop import train
 from ultrarec.trainer.manifest import checkpoint_folder, complete_checkpoints, step_of
 from ultrarec.trainer.parallel import World
+from ultrarec.trainer.pieces import Source
 from ultrarec.trainer.run import open_run
 
 NUM_ITEMS = 45
@@ -157,14 +156,11 @@ def audited_steps(out: Path, rank: int) -> list[dict[str, Any]]:
 
 def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, whole, by name."""
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
-    return tensors
+    source = Source(folder)
+    try:
+        return {name: source.tensor(name) for name in source.entries}
+    finally:
+        source.close()
 
 
 def final_tensors(out: Path) -> dict[str, Tensor]:

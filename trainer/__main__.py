@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from .parallel import join
     from .run import open_run
     from .signals import StopRequested, requests_to_stop
+    from .storage import checkpoint_home
     from .summary import summary
 
     with join(config.trainer) as world, requests_to_stop() as request:
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
                 print(f"{stop}; the same command continues the run", file=sys.stderr)
             return stop.exit_code
         if world.is_main:
-            print(summary(out), flush=True)
+            print(summary(out, checkpoint_home(config.checkpoint, out)), flush=True)
     return 0
 
 

@@ -102,7 +102,7 @@ def build_recommender(config: Config, info: DatasetInfo) -> Recommender:
     except ValueError as error:
         raise UserError(str(error)) from error
     tables = build_tables(config.embeddings, num_items=info.num_items, features=features, item_keys=item_keys)
-    return Recommender(Lookup(tables, dim=config.embeddings.dim), model)
+    return Recommender(Lookup(tables, config.embeddings), model)
 
 
 def shard(recommender: Recommender, config: Config, world: World) -> Sharded:

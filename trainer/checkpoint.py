@@ -1,46 +1,35 @@
-"""Sharded checkpoints: written by all ranks, complete when the manifest stands, loaded on any number of ranks.
+"""Sharded checkpoints: written by all ranks, complete when the manifest stands, loaded by any plan on any ranks.
 
 OUT/checkpoints/step-00000100/
-    __R_N.distcp, .metadata   torch.distributed.checkpoint: weights, optimizer state of tables and dense weights,
-                              random numbers and open metrics of every rank
-    manifest.json             written last: step, world size, position in the data, files with sizes and checksums,
-                              versions, hash of the configuration; a folder without it is not a checkpoint
+    rank-R.safetensors   what rank R held: shards of tables and of their optimizer state, its share of the dense
+                         weights and of AdamW's state, its random numbers and open metrics
+    index.json           of every tensor: type, shape, and which part of it lies where
+    manifest.json        written last: step, world size, position in the data, files with sizes and checksums,
+                         versions, hash of the configuration; a folder without it is not a checkpoint
 """
 
 from __future__ import annotations
 
-import shutil
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from ..data.errors import UserError
 from ..data.loader import LoaderState
-from .manifest import (
-    MANIFEST,
-    Manifest,
-    Position,
-    all_checkpoints,
-    checkpoint_folder,
-    complete_checkpoints,
-    file_record,
-    step_of,
-)
+from ..embeddings.shards import local_shards
+from .canonical import load_table, load_whole, table_pieces
+from .manifest import DAMAGED, MANIFEST, Manifest
 from .optimizer import Optimizer
-from .parallel import World, gather_objects
+from .parallel import World, gather_objects, on_main
+from .pieces import DamagedError, Piece, Source
 from .state import TrainState
+from .storage import Location, put
 
-VERSIONED = ("ultrarec", "torch", "torchrec")
+TABLES = "lookup."
+"""What names of the tables begin with in a recommender's state dict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,116 +40,132 @@ class Trainable:
     optimizer: Optimizer
     state: TrainState
 
-    def tensors(self) -> dict[str, Any]:
-        """The live tensors by name; filling them in place restores a run.
-
-        The tables' optimizer state is flattened to one entry per tensor: a rank that owns no shard of a table would
-        otherwise contribute an empty dict, which torch.distributed.checkpoint takes for a value of its own.
-        """
-        sparse = self.optimizer.sparse.state_dict()["state"]
-        return {
-            **{f"weights/{name}": tensor for name, tensor in self.parallel.state_dict().items()},
-            **{f"tables/{table}/{key}": value for table, states in sparse.items() for key, value in states.items()},
-            **{f"dense/{name}": tensor for name, tensor in self.optimizer.state_tensors().items()},
-        }
+    def pieces(self, world: World) -> list[Piece]:
+        """What this rank writes into a checkpoint: what it alone holds, and its share of what all hold."""
+        dim = self.parallel.module.lookup.dim
+        shards = local_shards(self.parallel)
+        own = [piece for shard in shards if not shard.is_replicated for piece in table_pieces(shard, dim=dim)]
+        common = [piece for shard in shards if shard.is_replicated for piece in table_pieces(shard, dim=dim)]
+        common += [Piece.whole(f"weights/{name}", tensor) for name, tensor in dense_weights(self.parallel).items()]
+        common += [Piece.whole(f"dense/{name}", tensor) for name, tensor in self.optimizer.state_tensors().items()]
+        own += common[world.rank :: world.size]
+        return own + [Piece.whole(f"rank/{world.rank}/{key}", value) for key, value in self.state.rank_state().items()]
 
 
-def save(trainable: Trainable, out: Path, *, world: World, config_hash: str, dataset: str, keep_last: int) -> None:
-    """Write the checkpoint of the current step; when this returns, it is complete on every rank."""
-    state = trainable.state
-    folder = checkpoint_folder(out, state.step)
-    if world.is_main:
-        shutil.rmtree(folder, ignore_errors=True)  # what a run that died while saving left behind
-        folder.mkdir(parents=True)
-    dist.barrier()
-    own = {f"rank/{world.rank}/{key}": value for key, value in state.rank_state().items()}
-    state_dict_saver.save(trainable.tensors() | own, checkpoint_id=folder)
-    records = gather_objects([file_record(path) for path in sorted(folder.glob(f"__{world.rank}_*"))])
-    if world.is_main:
-        Manifest(
-            step=state.step,
-            batches=state.batches,
-            world_size=world.size,
-            loader=Position(state.loader.epoch, state.loader.consumed),
-            files=[file_record(folder / ".metadata"), *(record for part in records for record in part)],
-            versions={name: version(name) for name in VERSIONED},
-            config_hash=config_hash,
-            dataset=dataset,
-        ).write(folder)
-        retain(out, keep_last=keep_last)
-    dist.barrier()
+def dense_weights(parallel: DistributedModelParallel) -> dict[str, Tensor]:
+    """The weights that every rank holds whole, by name."""
+    return {name: tensor for name, tensor in parallel.state_dict().items() if not name.startswith(TABLES)}
 
 
-def retain(out: Path, *, keep_last: int) -> None:
-    """Delete complete checkpoints but the newest `keep_last`, and incomplete ones before the newest."""
-    complete = complete_checkpoints(out)
-    for folder in all_checkpoints(out):
-        if folder not in complete[-keep_last:] and (step_of(folder) or 0) < (step_of(complete[-1]) or 0):
-            # The manifest goes first: a kill between the two leaves a folder that is no checkpoint, not half of one.
-            (folder / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(folder)
-
-
-def load_weights(parallel: DistributedModelParallel, folder: Path, *, world: World) -> Manifest:
+def load_weights(parallel: DistributedModelParallel, folder: Location, *, world: World) -> Manifest:
     """Fill the weights alone, for evaluation; see `load`."""
-    manifest = _verified(folder, world)
-    _fill({f"weights/{name}": tensor for name, tensor in parallel.state_dict().items()}, folder)
-    return manifest
+    return _together(folder, world, lambda source: _fill_weights(parallel, source, may_grow=False))
 
 
-def load(trainable: Trainable, folder: Path, *, world: World) -> Manifest:
-    """Fill a freshly built run in place, whatever number of ranks wrote the checkpoint.
+def load(trainable: Trainable, folder: Location, *, world: World) -> Manifest:
+    """Fill a freshly built run in place, whatever plan and number of ranks wrote the checkpoint.
 
     Raises:
-        UserError: the checkpoint is incomplete, damaged, or of a model with other tensors.
+        DamagedError: a file is not as it was written.
+        UserError: the checkpoint is incomplete, or of a model with other tensors.
     """
-    manifest = _verified(folder, world)
-    _fill(trainable.tensors(), folder)
     state = trainable.state
+
+    def fill(source: Source) -> None:
+        _fill_weights(trainable.parallel, source, may_grow=False)
+        for name, tensor in trainable.optimizer.state_tensors().items():
+            load_whole(source, f"dense/{name}", tensor)
+        ranks = _rank_states(source, source.manifest.world_size)
+        state.load_rank_states(ranks, rank=world.rank, world_size=world.size)
+
+    manifest = _together(folder, world, fill)
     state.step, state.batches = manifest.step, manifest.batches
     state.loader = LoaderState(manifest.loader.epoch, manifest.loader.consumed)
     # fbgemm counts updates for Adam's bias correction outside its state.
     trainable.optimizer.sparse.set_optimizer_step(manifest.batches)
-    state.load_rank_states(_rank_states(folder, manifest.world_size), rank=world.rank, world_size=world.size)
     return manifest
 
 
-def _verified(folder: Path, world: World) -> Manifest:
-    """The manifest, after all ranks together have checked every file it lists."""
-    manifest = Manifest.read(folder)
-    shares = gather_objects(manifest.problems(folder, part=world.rank, parts=world.size))
-    problems = [problem for share in shares for problem in share]
-    if problems:
-        raise UserError(
-            f"checkpoint {folder} is damaged: {'; '.join(problems)}; delete that folder to use an older one"
-        )
-    return manifest
+def load_newest(
+    trainable: Trainable, folders: Sequence[Location], *, world: World, say: Callable[[str], None]
+) -> Location:
+    """Load the newest of some complete checkpoints that is undamaged; a damaged one is told, and counts no more.
+
+    Raises:
+        UserError: all are damaged, or the newest undamaged one does not fit.
+    """
+    undamaged = (folder for folder in reversed(folders) if _loads(trainable, folder, world, say))
+    if (newest := next(undamaged, None)) is not None:
+        return newest
+    raise UserError(
+        f"all {len(folders)} complete checkpoints of this run are damaged, {folders[0]} the oldest of them; "
+        f"each now has {DAMAGED} in place of its manifest. Restore the files from a copy, or choose another --out"
+    )
 
 
-def _fill(tensors: dict[str, Any], folder: Path) -> None:
+def _loads(trainable: Trainable, folder: Location, world: World, say: Callable[[str], None]) -> bool:
     try:
-        state_dict_loader.load(tensors, checkpoint_id=folder)
-    except (Exception, CheckpointException) as error:  # torch derives the latter from BaseException
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise UserError(
-            f"checkpoint {folder} does not fit this run: {reason}; it was written for other tables or another model"
-        ) from error
+        load(trainable, folder, world=world)
+    except DamagedError as error:
+        say(f"ATTENTION: {error}; looking for the checkpoint before it")
+        on_main(world, lambda: _set_aside(folder))
+        return False
+    return True
 
 
-def _rank_states(folder: Path, world_size: int) -> list[dict[str, Tensor]]:
+def load_start(trainable: Trainable, folder: Location, *, world: World) -> None:
+    """Begin a new run from another run's weights, and its tables' optimizer state; tables may be new or have grown.
+
+    Raises:
+        UserError: the checkpoint is damaged, or has other dense weights, or a table shrank.
+    """
+    _together(folder, world, lambda source: _fill_weights(trainable.parallel, source, may_grow=True))
+
+
+def _together(folder: Location, world: World, fill: Callable[[Source], None]) -> Manifest:
+    """Fill on every rank; what one rank finds wrong, all ranks raise."""
+    problem: UserError | None = None
+    source = None
+    try:
+        source = Source(folder)
+        if missing := source.size_problems(part=world.rank, parts=world.size):
+            raise DamagedError(f"checkpoint {folder} is damaged: {'; '.join(missing)}")
+        fill(source)
+    except DamagedError as error:
+        problem = error
+    except UserError as error:
+        what = "it was written for other tables or another model"
+        problem = UserError(f"checkpoint {folder} does not fit this run: {error}; {what}") if source else error
+    except OSError as error:
+        problem = UserError(f"cannot read checkpoint {folder}: {error}")
+    finally:
+        if source is not None:
+            source.close()
+    # A damaged file weighs more than what does not fit on another rank, and rank 0's word more than others'.
+    problems = sorted((p for p in gather_objects(problem) if p), key=lambda p: not isinstance(p, DamagedError))
+    if problems:
+        raise problems[0]
+    assert source is not None
+    return source.manifest
+
+
+def _fill_weights(parallel: DistributedModelParallel, source: Source, *, may_grow: bool) -> None:
+    for shard in local_shards(parallel):
+        load_table(source, shard, dim=parallel.module.lookup.dim, may_grow=may_grow)
+    for name, tensor in dense_weights(parallel).items():
+        load_whole(source, f"weights/{name}", tensor)
+
+
+def _rank_states(source: Source, world_size: int) -> list[dict[str, Tensor]]:
     """What every rank of the saving run left, in rank order; read by every rank, since it is small."""
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    entries = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if name.startswith("rank/") and isinstance(entry, TensorStorageMetadata)
-    }
-    state_dict_loader.load(entries, checkpoint_id=folder)
-    return [
-        {
-            name.removeprefix(f"rank/{rank}/"): value
-            for name, value in entries.items()
-            if name.startswith(f"rank/{rank}/")
-        }
-        for rank in range(world_size)
-    ]
+    states: list[dict[str, Tensor]] = [{} for _ in range(world_size)]
+    for name in source.entries:
+        if found := re.fullmatch(r"rank/(\d+)/(\w+)", name):
+            states[int(found[1])][found[2]] = source.tensor(name)
+    return states
+
+
+def _set_aside(folder: Location) -> None:
+    """Take a damaged checkpoint out of those that are complete, and keep it for whoever wants to look at it."""
+    put(folder / DAMAGED, (folder / MANIFEST).read_bytes())
+    (folder / MANIFEST).unlink()

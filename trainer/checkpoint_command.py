@@ -1,17 +1,25 @@
-"""`ultrarec checkpoint list|verify|inspect`: what a run has saved, whether it is whole, and what is in it."""
+"""`ultrarec checkpoint`: what a run has saved, is it whole, what is in it, what changed; and a copy to serve."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..data.errors import UserError
-from .manifest import MANIFEST, Manifest, all_checkpoints, complete_checkpoints, step_of
+from .config import load_config
+from .manifest import MANIFEST, Manifest, all_checkpoints, newest_at, step_of
+from .storage import Location, checkpoint_home, location
+
+if TYPE_CHECKING:
+    from .pieces import Source
+
+ONE_OR_RUN = "run folder, folder of one checkpoint, or address of either, e.g. s3://bucket/run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ultrarec checkpoint`."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="list|verify|inspect")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="list|verify|inspect|diff|export")
     for name, text in (
         ("list", "the checkpoints of a run, complete or not"),
         (
@@ -19,35 +27,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "check every file of a checkpoint (of all of a run's) against its manifest; exit 1 if one is damaged",
         ),
         ("inspect", "the tensors of a checkpoint (of a run's newest) with shapes, types and bytes"),
+        ("diff", "which tensors of two checkpoints (of two runs' newest) differ, and by how much; exit 1 if any does"),
+        ("export", "a checkpoint (a run's newest) for serving: weights as safetensors, tables as Parquet"),
     ):
         action = actions.add_parser(name, help=text, description=text)
-        action.add_argument("path", type=Path, metavar="PATH", help="run folder, or folder of one checkpoint")
+        action.add_argument("path", metavar="PATH", help=ONE_OR_RUN)
+        if name == "diff":
+            action.add_argument("other", metavar="OTHER", help="what to compare it with, likewise")
+        if name == "export":
+            action.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder to write")
+            action.add_argument(
+                "--dataset",
+                type=Path,
+                metavar="DIR",
+                help="prepared dataset that tells original item ids (default: data.path of the run's config.toml)",
+            )
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the chosen action; returns the exit code."""
-    return {"list": list_checkpoints, "verify": verify, "inspect": inspect}[args.action](args.path)
+    place = _home(args.path)
+    if args.action == "diff":
+        return diff(newest_at(place), newest_at(_home(args.other)))
+    if args.action == "export":
+        from .export import export
+
+        return export(newest_at(place), args.out, dataset=args.dataset or _dataset_of(args.path))
+    return {"list": list_checkpoints, "verify": verify, "inspect": inspect}[args.action](place)
 
 
-def list_checkpoints(path: Path) -> int:
+def list_checkpoints(place: Location) -> int:
     """Print one line per checkpoint folder."""
-    folders = _folders(path)
+    folders = _folders(place)
     print(f"{'step':>10}  {'epoch':>5}  {'ranks':>5}  {'bytes':>14}  folder")
     for folder in folders:
         if not (folder / MANIFEST).is_file():
             print(f"{step_of(folder) or 0:>10}  {'':>5}  {'':>5}  {'incomplete':>14}  {folder}")
             continue
         manifest = Manifest.read(folder)
-        size = sum(record.bytes for record in manifest.files)
-        print(f"{manifest.step:>10}  {manifest.loader.last_epoch:>5}  {manifest.world_size:>5}  {size:>14,}  {folder}")
+        print(
+            f"{manifest.step:>10}  {manifest.loader.last_epoch:>5}  {manifest.world_size:>5}  "
+            f"{manifest.bytes:>14,}  {folder}"
+        )
     return 0
 
 
-def verify(path: Path) -> int:
+def verify(place: Location) -> int:
     """Check sizes and checksums of every complete checkpoint; 1 when something is wrong."""
-    folders = [folder for folder in _folders(path) if (folder / MANIFEST).is_file()]
+    folders = [folder for folder in _folders(place) if (folder / MANIFEST).is_file()]
     if not folders:
-        raise UserError(f"{path} holds no complete checkpoint")
+        raise UserError(f"{place} holds no complete checkpoint")
     damaged = False
     for folder in folders:
         problems = Manifest.read(folder).problems(folder)
@@ -58,39 +87,58 @@ def verify(path: Path) -> int:
     return int(damaged)
 
 
-def inspect(path: Path) -> int:
+def inspect(place: Location) -> int:
     """Print the manifest and the tensors."""
-    folder = path if (path / MANIFEST).is_file() else (complete_checkpoints(path) or [path])[-1]
-    manifest = Manifest.read(folder)
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
+    source = _open(newest_at(place))
+    manifest = source.manifest
     print(
-        f"{folder}\nstep {manifest.step}, written by {manifest.world_size} rank(s), "
+        f"{source.folder}\nstep {manifest.step}, written by {manifest.world_size} rank(s), "
         f"continues at sample {manifest.loader.consumed} of epoch {manifest.loader.epoch}, dataset {manifest.dataset}"
     )
     print(f"configuration {manifest.config_hash}, versions {manifest.versions}\n")
-    print(f"{'bytes':>14}  {'shards':>6}  {'type':<10} {'shape':<18} tensor")
-    try:
-        stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    except Exception as error:  # whatever unpickling damaged bytes may raise
-        raise UserError(
-            f"{folder / '.metadata'} cannot be read ({error}); "
-            f"`ultrarec checkpoint verify {folder}` tells what is damaged"
-        ) from error
-    for name, entry in sorted(stored.items()):
-        if isinstance(entry, TensorStorageMetadata):
-            size = entry.size.numel() * entry.properties.dtype.itemsize
-            kind = str(entry.properties.dtype).removeprefix("torch.")
-            print(f"{size:>14,}  {len(entry.chunks):>6}  {kind:<10} {list(entry.size)!s:<18} {name}")
+    print(f"{'bytes':>14}  {'pieces':>6}  {'type':<5} {'shape':<18} tensor")
+    for name, entry in sorted(source.entries.items()):
+        print(f"{entry.bytes:>14,}  {len(entry.chunks):>6}  {entry.dtype:<5} {list(entry.shape)!s:<18} {name}")
     return 0
 
 
-def _folders(path: Path) -> list[Path]:
-    """The checkpoint folders at a path: itself, or those of the run."""
-    if step_of(path) is not None and path.is_dir():
-        return [path]
-    folders = all_checkpoints(path)
+def diff(left: Location, right: Location) -> int:
+    """Print what differs between two checkpoints; 1 when anything does."""
+    from .difference import differences
+
+    lines = list(differences(_open(left), _open(right)))
+    print("\n".join(lines) if lines else f"equal, tensor by tensor: {left} and {right}")
+    return int(bool(lines))
+
+
+def _open(folder: Location) -> Source:
+    from .pieces import Source
+
+    return Source(folder)
+
+
+def _home(text: str) -> Location:
+    """The place a user names; for a run that keeps its checkpoints elsewhere, that place."""
+    place = location(text)
+    if isinstance(place, Path) and (place / "config.toml").is_file():
+        return checkpoint_home(load_config(str(place / "config.toml")).checkpoint, place)
+    return place
+
+
+def _dataset_of(text: str) -> Path | None:
+    """The dataset of the run folder that a path names or lies in."""
+    place = location(text)
+    for folder in (place, *place.parents[:2]) if isinstance(place, Path) else ():
+        if (folder / "config.toml").is_file():
+            return Path(load_config(str(folder / "config.toml")).data.path)
+    return None
+
+
+def _folders(place: Location) -> list[Location]:
+    """The checkpoint folders at a place: itself, or those of the run."""
+    if step_of(place) is not None and place.is_dir():
+        return [place]
+    folders = all_checkpoints(place)
     if not folders:
-        raise UserError(f"{path} is neither a checkpoint nor a run folder with checkpoints/step-*; check the path")
+        raise UserError(f"{place} is neither a checkpoint nor a run folder with checkpoints/step-*; check the path")
     return folders

@@ -87,7 +87,22 @@ class CheckpointConfig(Section):
     every: int | None = Field(default=None, gt=0)
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = Field(default=2, gt=0)
-    """Newest complete checkpoints that are kept; `ultrarec evaluate --checkpoint best` chooses among them."""
+    """Newest complete checkpoints that are kept; `ultrarec evaluate --checkpoint best` chooses among all kept ones."""
+    keep_every: int | None = Field(default=None, gt=0)
+    """Checkpoints of steps divisible by this are kept besides."""
+    keep_best: int = Field(default=0, ge=0)
+    """So many checkpoints with the best validation metrics are kept besides; it needs `trainer.evaluate_every` to meet
+    `every`."""
+    best_metric: str | None = None
+    """Validation metric that tells which is best, e.g. `auc/is_click`; of `loss` and `ne/...` less is better. Default:
+    `ndcg@10`, or the mean of all tasks' `ne`."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy in host memory as large as a rank's share of the run."""
+    path: str | None = None
+    """Where checkpoints lie instead of in the run folder: a folder, or an address such as `s3://bucket/run`."""
+    start_from: str | None = None
+    """A checkpoint folder, or run folder, with whose weights and table optimizer state a new run begins. Tables may be
+    new or have more rows; ids must mean what they meant there."""
 
 
 class LaunchConfig(Section):

@@ -6,12 +6,10 @@ import argparse
 from pathlib import Path
 
 from ..data.errors import UserError
-from .config import Config, load_config
+from .config import CheckpointConfig, Config, load_config
 from .manifest import Manifest, checkpoint_folder, complete_checkpoints, step_of
 from .noise import silence
-
-LOWER_IS_BETTER = "ne/"
-HIGHER_IS_BETTER = "ndcg@10"
+from .storage import Location, checkpoint_home
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,14 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         default="latest",
         metavar="STEP|latest|best",
-        help="which checkpoint; best: of those kept, by mean validation NE or by NDCG@10 (default: %(default)s)",
+        help="which checkpoint; best: of those kept, by checkpoint.best_metric (default: %(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate every held-out split of the run's dataset and print the metrics; returns the exit code."""
     config = _config_of(args.run_dir, args.set)
-    folder = find_checkpoint(args.run_dir, args.checkpoint)
+    folder = find_checkpoint(args.run_dir, args.checkpoint, config.checkpoint)
     silence()
     from . import checkpoint
     from .build import build_recommender, load_dataset, shard
@@ -70,39 +68,27 @@ def _config_of(run_dir: Path, overrides: list[str]) -> Config:
     return load_config(str(path), overrides)
 
 
-def find_checkpoint(run_dir: Path, choice: str) -> Path:
-    """The complete checkpoint that `STEP`, `latest` or `best` names."""
-    complete = complete_checkpoints(run_dir)
-    steps = [step_of(folder) for folder in complete]
+def find_checkpoint(run_dir: Path, choice: str, config: CheckpointConfig | None = None) -> Location:
+    """The complete checkpoint of a run that `STEP`, `latest` or `best` names."""
+    from .retention import ranked, scores
+
+    config = config or CheckpointConfig()
+    home = checkpoint_home(config, run_dir)
+    complete = complete_checkpoints(home)
+    steps = [step_of(folder) or 0 for folder in complete]
     if not complete:
-        raise UserError(f"{run_dir} holds no complete checkpoint")
+        raise UserError(f"{home} holds no complete checkpoint")
     if choice == "latest":
         return complete[-1]
     if choice == "best":
-        return checkpoint_folder(run_dir, _best_step(run_dir, steps))
+        known = scores(run_dir, config.best_metric)
+        best = ranked([step for step in steps if step in known], known)[:1]
+        if not best:
+            raise UserError(
+                f"no checkpoint of {run_dir} has a validation line with values in metrics.jsonl; "
+                f"use latest or a step of {steps}"
+            )
+        return checkpoint_folder(home, best[0])
     if not choice.isdigit() or int(choice) not in steps:
         raise UserError(f"--checkpoint {choice}: expected latest, best or one of the steps {steps}")
-    return checkpoint_folder(run_dir, int(choice))
-
-
-def _best_step(run_dir: Path, steps: list[int | None]) -> int:
-    from .report import METRICS_FILE, read_lines
-
-    lines = read_lines(run_dir / METRICS_FILE)
-    validated = [line for line in lines if line["split"] == "validation" and line["step"] in steps]
-    scores = {line["step"]: score for line in validated if (score := _score(line)) is not None}
-    if not scores:
-        raise UserError(
-            f"no checkpoint of {run_dir} has a validation line with values in metrics.jsonl; "
-            f"use latest or a step of {steps}"
-        )
-    return max(scores, key=lambda step: scores[step])
-
-
-def _score(line: dict[str, float | None]) -> float | None:
-    """A validation line as one number, higher is better; None if a metric has no value (labels may all be equal)."""
-    if HIGHER_IS_BETTER in line:
-        return line[HIGHER_IS_BETTER]
-    entropies = [value for key, value in line.items() if key.startswith(LOWER_IS_BETTER)]
-    known = [value for value in entropies if value is not None]
-    return -sum(known) / len(known) if known and len(known) == len(entropies) else None
+    return checkpoint_folder(home, int(choice))

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from ..data.errors import UserError
 from ..data.loader import Loader
 from ..data.samples import Split
-from . import checkpoint, incidents
+from . import incidents
 from .checkpoint import Trainable
 from .config import Config
 from .evaluate import Evaluator
@@ -18,6 +19,7 @@ from .manifest import MANIFEST, checkpoint_folder
 from .parallel import World, on_main, sum_over_ranks
 from .pipeline import GuardedPipeline
 from .report import METRICS_FILE, Audit, Reporter, read_lines
+from .saver import Saver
 from .signals import StopRequested
 from .state import TrainState, Window
 from .step import Step, train_step
@@ -52,6 +54,7 @@ class Run:
     audit: Audit | None
     timer: Timer
     watchdog: Watchdog
+    saver: Saver
     meter: Meter = field(default_factory=Meter)
     stragglers: Stragglers = field(default_factory=Stragglers)
 
@@ -77,8 +80,9 @@ def train(run: Run) -> None:
         if every(config.trainer.log_every, run.state.step) or run.state.step == run.total_steps:
             log(run, step)
         if step.signum:
+            run.saver.wait()
             save(run)
-            raise StopRequested(step.signum, run.state.step)
+            raise StopRequested(step.signum, run.state.step, error=run.saver.wait())
         if every(config.trainer.evaluate_every, run.state.step):
             evaluate(run, "validation")
         if every(config.checkpoint.every, run.state.step) and run.state.step < run.total_steps:
@@ -129,6 +133,7 @@ def log(run: Run, step: Step) -> None:
             "samples_per_second": samples / seconds,
             "skipped_batches": run.state.health.skipped,
             **metrics_of(per_rank),
+            **({"failed_saves": run.saver.failures} if run.saver.failures else {}),
         }
     )
     if slow := run.stragglers.take(per_rank):
@@ -152,21 +157,12 @@ def evaluate(run: Run, split: Split) -> None:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint; every line of metrics and audit up to its step is on disk before it counts as complete."""
+    """Begin to write a checkpoint; the metrics and audit up to its step are on disk before it counts as complete."""
     start = time.monotonic()
+    audit = [run.audit.sync] if run.audit is not None else []
+    sync = [run.reporter.sync, *audit, lambda: incidents.sync(run.out)]
     with run.timer.phase("checkpoint"), run.watchdog.paused():
-        run.reporter.sync()
-        incidents.sync(run.out)
-        if run.audit is not None:
-            run.audit.sync()
-        checkpoint.save(
-            run.trainable,
-            run.out,
-            world=run.world,
-            config_hash=run.config.training_hash(),
-            dataset=run.evaluator.info.fingerprint,
-            keep_last=run.config.checkpoint.keep_last,
-        )
+        run.saver.save(run.trainable.pieces(run.world), run.state, sync=sync)
     run.meter.start += time.monotonic() - start
 
 
@@ -176,8 +172,13 @@ def finish(run: Run) -> None:
     for split in run.evaluator.held_out:
         if split not in done:
             evaluate(run, split)
-    if not on_main(run.world, (checkpoint_folder(run.out, run.state.step) / MANIFEST).is_file):
+    if not on_main(run.world, (checkpoint_folder(run.saver.home, run.state.step) / MANIFEST).is_file):
         save(run)
+    if error := run.saver.wait():
+        raise UserError(
+            f"the last step's checkpoint could not be written to {run.saver.home}: {error}; mend that and "
+            "give the same command again: the run continues from its newest complete checkpoint"
+        )
 
 
 def catch_up(run: Run) -> None:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
+import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from ..data.errors import UserError
+from .storage import Location, entries_of, put, size_of
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
-_CHUNK = 1 << 22
+DAMAGED = "manifest.damaged.json"
+"""What the manifest of a checkpoint is renamed to that failed its checks when a run wanted to continue from it."""
+FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A stretch of a file with its own checksum, so that a reader of a part need not read the whole to check it."""
+
+    end: int
+    """Byte behind its last; it begins where the one before ends."""
+    crc32: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +32,12 @@ class FileRecord:
     """One file of a checkpoint as it was written."""
 
     name: str
-    bytes: int
-    sha256: str
+    blocks: list[Block]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        return self.blocks[-1].end if self.blocks else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +73,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     @staticmethod
-    def read(folder: Path) -> Manifest:
+    def read(folder: Location) -> Manifest:
         """The manifest of a checkpoint folder.
 
         Raises:
@@ -68,7 +81,9 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            manifest = TypeAdapter(Manifest).validate_json(path.read_bytes())
+            content = path.read_bytes()
+            _check_version(path, content)
+            return TypeAdapter(Manifest).validate_json(content)
         except FileNotFoundError:
             raise UserError(
                 f"{folder} is no complete checkpoint: it has no {MANIFEST}, which is written last"
@@ -80,73 +95,90 @@ class Manifest:
                 f"{path} is not a readable manifest ({place}: {fault['msg']}); delete that folder to use an older one"
             ) from None
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        if manifest.format_version != FORMAT_VERSION:
-            raise UserError(
-                f"{path} has format version {manifest.format_version}; this version of ultrarec reads {FORMAT_VERSION}"
-            )
-        return manifest
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Location) -> None:
         """Write atomically: readers see no manifest or all of it."""
-        temporary = folder / f".{MANIFEST}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(self), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(folder / MANIFEST)
-        # The rename itself is on disk only once the folder is.
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        put(folder / MANIFEST, json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode())
 
-    def problems(self, folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:
-        """What is wrong with the files, one sentence each; `part` of `parts` checks its share of them."""
-        return [problem for record in self.files[part::parts] if (problem := _problem(folder, record))]
+    @property
+    def bytes(self) -> int:
+        """Size of all files, the manifest apart."""
+        return sum(record.bytes for record in self.files)
+
+    def problems(self, folder: Location) -> list[str]:
+        """What is wrong with the files, one sentence each; reads all of them."""
+        return [problem for record in self.files if (problem := file_problem(folder, record))]
 
 
-def file_record(path: Path) -> FileRecord:
-    """What the manifest says of a file."""
-    return FileRecord(path.name, path.stat().st_size, sha256(path))
+def _check_version(path: Location, content: bytes) -> None:
+    try:
+        version = json.loads(content).get("format_version", FORMAT_VERSION)
+    except (ValueError, AttributeError):
+        return  # no JSON, or no object: the caller's validation says so
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}; this version of ultrarec reads {FORMAT_VERSION}")
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, as `sha256sum` prints it."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _problem(folder: Path, record: FileRecord) -> str | None:
-    path = folder / record.name
-    if not path.is_file():
+def size_problem(folder: Location, record: FileRecord) -> str | None:
+    """What is wrong with the presence and size of a file."""
+    size = size_of(folder / record.name)
+    if size is None:
         return f"{record.name} is missing"
-    if path.stat().st_size != record.bytes:
-        return f"{record.name} has {path.stat().st_size} bytes, written were {record.bytes}"
-    if sha256(path) != record.sha256:
-        return f"{record.name} has another checksum than when it was written"
+    if size != record.bytes:
+        return f"{record.name} has {size} bytes, written were {record.bytes}"
     return None
 
 
-def checkpoint_folder(out: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands in a run folder."""
-    return out / "checkpoints" / f"step-{step:08d}"
+def file_problem(folder: Location, record: FileRecord) -> str | None:
+    """What is wrong with a file, its content included."""
+    if problem := size_problem(folder, record):
+        return problem
+    start = 0
+    with (folder / record.name).open("rb") as file:
+        for block in record.blocks:
+            if zlib.crc32(file.read(block.end - start)) != block.crc32:
+                return wrong_checksum(record)
+            start = block.end
+    return None
 
 
-def all_checkpoints(out: Path) -> list[Path]:
+def wrong_checksum(record: FileRecord) -> str:
+    """What is said of a file whose bytes changed after it was written."""
+    return f"{record.name} has another checksum than when it was written"
+
+
+def checkpoint_folder(home: Location, step: int) -> Location:
+    """Where the checkpoint of a step stands in a run folder, or in what stands in for it (`checkpoint.path`)."""
+    return home / "checkpoints" / f"step-{step:08d}"
+
+
+def all_checkpoints(home: Location) -> list[Location]:
     """Every checkpoint folder of a run, complete or not, by step."""
-    folders = (out / "checkpoints").glob("step-*")
+    folders = entries_of(home / "checkpoints")
     return sorted((f for f in folders if step_of(f) is not None), key=lambda folder: step_of(folder) or 0)
 
 
-def complete_checkpoints(out: Path) -> list[Path]:
+def complete_checkpoints(home: Location) -> list[Location]:
     """The folders of a run's complete checkpoints, by step."""
-    return [folder for folder in all_checkpoints(out) if (folder / MANIFEST).is_file()]
+    return [folder for folder in all_checkpoints(home) if (folder / MANIFEST).is_file()]
 
 
-def step_of(folder: Path) -> int | None:
+def newest_at(place: Location) -> Location:
+    """The checkpoint that a place names: itself, or the newest complete one of the run folder that it is.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if (place / MANIFEST).is_file():
+        return place
+    complete = complete_checkpoints(place)
+    if not complete:
+        raise UserError(f"{place} is no complete checkpoint: neither it nor checkpoints/step-* below has a {MANIFEST}")
+    return complete[-1]
+
+
+def step_of(folder: Location) -> int | None:
     """The step that a folder's name gives, None for other names."""
     digits = folder.name.removeprefix("step-")
     return int(digits) if folder.name != digits and digits.isdigit() else None

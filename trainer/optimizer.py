@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.optim.keyed import KeyedOptimizer
 
+from ..embeddings.replicated import ReplicatedTables
 from .config import OptimizerConfig
 
 
@@ -32,12 +33,19 @@ class Optimizer:
 
     Args:
         dense: dense parameters by name.
-        sparse: the tables' fused optimizer; only its learning rate is set from here.
+        sparse: the sharded tables' fused optimizer; only its learning rate is set from here.
+        replicated: the tables that every rank holds, likewise.
         total_steps: where the schedule ends.
     """
 
     def __init__(
-        self, config: OptimizerConfig, *, dense: Mapping[str, nn.Parameter], sparse: KeyedOptimizer, total_steps: int
+        self,
+        config: OptimizerConfig,
+        *,
+        dense: Mapping[str, nn.Parameter],
+        sparse: KeyedOptimizer,
+        replicated: ReplicatedTables | None = None,
+        total_steps: int,
     ) -> None:
         self.config = config
         self.total_steps = total_steps
@@ -46,14 +54,15 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(
             self.dense.values(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
         )
-        self._sparse_lrs = [group["lr"] for group in sparse.param_groups]
+        self._sparse_groups = [*sparse.param_groups, *(replicated.param_groups if replicated is not None else ())]
+        self._sparse_lrs = [group["lr"] for group in self._sparse_groups]
 
     def begin(self, step: int) -> float:
         """Set every learning rate for `step`; tables apply theirs during the backward pass. Returns the dense one."""
         factor = lr_factor(step, config=self.config, total_steps=self.total_steps)
         for group in self.adamw.param_groups:
             group["lr"] = self.config.lr * factor
-        for group, lr in zip(self.sparse.param_groups, self._sparse_lrs, strict=True):
+        for group, lr in zip(self._sparse_groups, self._sparse_lrs, strict=True):
             group["lr"] = lr * factor
         # fbgemm reads the rate of a param group only here.
         self.sparse.zero_grad()

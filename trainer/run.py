@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,15 @@ from .checkpoint import Trainable
 from .config import Config
 from .evaluate import Evaluator
 from .loop import Run
-from .manifest import Manifest, complete_checkpoints
+from .manifest import Manifest, complete_checkpoints, newest_at
 from .optimizer import Optimizer
 from .parallel import World, on_main
 from .pipeline import GuardedPipeline
 from .report import Audit, Reporter, forget_after
+from .saver import Saver
 from .signals import StopRequest
 from .state import TrainState
+from .storage import Location, checkpoint_home, location
 from .timing import Timer
 from .watchdog import Watchdog
 
@@ -32,26 +35,27 @@ PLAN_FILE = "plan.txt"
 def open_run(
     config: Config, out: Path, world: World, *, fresh: bool, request: StopRequest | None = None
 ) -> Iterator[Run]:
-    """Build every part, take up the newest complete checkpoint in `out`, and close all files at the end.
+    """Build every part, take up the newest complete checkpoint of the run in `out`, and close all files at the end.
 
     Raises:
         UserError: the dataset, the configuration or the run folder does not allow it.
     """
     fingerprint = load_dataset(config).fingerprint
-    newest = on_main(world, lambda: _newest_checkpoint(config, out, fingerprint, fresh=fresh))
-    with assemble(config, out, world, newest, request=request or StopRequest()) as run:
+    complete = on_main(world, lambda: _own_checkpoints(config, out, fingerprint, fresh=fresh))
+    with assemble(config, out, world, complete, request=request or StopRequest()) as run:
         yield run
 
 
 @contextmanager
-def assemble(config: Config, out: Path, world: World, start: Path | None, *, request: StopRequest) -> Iterator[Run]:
-    """A run that writes to `out` and continues from the checkpoint `start`, or begins."""
+def assemble(
+    config: Config, out: Path, world: World, complete: list[Location], *, request: StopRequest
+) -> Iterator[Run]:
+    """A run that writes to `out` and continues from the newest of some checkpoints, or begins if there are none."""
     info = load_dataset(config)
     recommender = build_recommender(config, info)
     sharded = shard(recommender, config, world)
     trainable = _trainable(config, sharded)
-    if start is not None:
-        checkpoint.load(trainable, start, world=world)
+    newest = _take_up(trainable, complete, config, world)
     state = trainable.state
     loader = build_loader(config, info, world, split="train", state=state.loader)
     total_steps = trainable.optimizer.total_steps = _total_steps(config, loader)
@@ -59,25 +63,32 @@ def assemble(config: Config, out: Path, world: World, start: Path | None, *, req
     reporter = Reporter(out, is_main=world.is_main, step=state.step, total_steps=total_steps)
     audit = Audit(out, rank=world.rank) if config.data.audit else None
     watchdog = Watchdog(out, rank=world.rank, seconds=config.trainer.watchdog_seconds)
-    reporter.say(_greeting(out, sharded.plan, start, world, state.step, total_steps))
+    saver = Saver(
+        config.checkpoint,
+        out,
+        world,
+        config_hash=config.training_hash(),
+        dataset=info.fingerprint,
+        say=reporter.say,
+    )
     timer = Timer(world.device)
     timer.watch_module(recommender.lookup, "exchange")
-    pipeline = GuardedPipeline(
-        sharded.parallel,
-        recommender.cut,
-        trainable.optimizer.dense,
-        config=config.trainer,
-        world=world,
-        timer=timer,
-        request=request,
-    )
+    reporter.say(_greeting(out, sharded.plan, newest, world, state.step, total_steps))
     try:
         yield Run(
             config=config,
             world=world,
             out=out,
             trainable=trainable,
-            pipeline=pipeline,
+            pipeline=GuardedPipeline(
+                sharded.parallel,
+                recommender.cut,
+                trainable.optimizer.dense,
+                config=config.trainer,
+                world=world,
+                timer=timer,
+                request=request,
+            ),
             loader=loader,
             evaluator=Evaluator(config, info, world, sharded.parallel),
             total_steps=total_steps,
@@ -85,42 +96,61 @@ def assemble(config: Config, out: Path, world: World, start: Path | None, *, req
             audit=audit,
             timer=timer,
             watchdog=watchdog,
+            saver=saver,
         )
     finally:
         watchdog.close()
         loader.close()
+        saver.close()
         reporter.close()
         if audit is not None:
             audit.close()
 
 
-def _newest_checkpoint(config: Config, out: Path, dataset: str, *, fresh: bool) -> Path | None:
-    """Where to continue; the run folder must belong to this configuration, or to nothing yet."""
-    complete = complete_checkpoints(out)
+def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool) -> list[Location]:
+    """The complete checkpoints of this run, which must belong to this configuration."""
+    home = checkpoint_home(config.checkpoint, out)
+    complete = complete_checkpoints(home)
     if fresh and (complete or (out / CONFIG_FILE).exists()):
         raise UserError(f"--fresh: {out} already holds a run; choose another --out, or delete that folder")
     if not complete:
-        return None
+        return []
     manifest = Manifest.read(complete[-1])
     if manifest.dataset != dataset:
         raise UserError(
-            f"{out} holds a run on another dataset than {config.data.path} is now (fingerprints {manifest.dataset} and "
-            f"{dataset}): ids would mean other items; restore the dataset to continue it, or choose another --out"
+            f"{home} holds a run on another dataset than {config.data.path} is now (fingerprints {manifest.dataset} "
+            f"and {dataset}): ids would mean other items; restore the dataset to continue it, or choose another --out"
         )
     if manifest.config_hash != config.training_hash():
         raise UserError(
-            f"{out} holds a run of another configuration (data, embeddings, model or objective differ from "
+            f"{home} holds a run of another configuration (data, embeddings, model or objective differ from "
             f"{out / CONFIG_FILE}); restore those settings to continue it, or choose another --out"
         )
-    return complete[-1]
+    return complete
+
+
+def _take_up(trainable: Trainable, complete: list[Location], config: Config, world: World) -> Location | None:
+    """Load where to continue or begin from; returns the checkpoint that is continued."""
+
+    def say(text: str) -> None:
+        if world.is_main:
+            print(text, file=sys.stderr, flush=True)
+
+    if complete:
+        return checkpoint.load_newest(trainable, complete, world=world, say=say)
+    if config.checkpoint.start_from is not None:
+        start = on_main(world, lambda: newest_at(location(config.checkpoint.start_from or "")))
+        checkpoint.load_start(trainable, start, world=world)
+        say(f"beginning with the weights of {start}")
+    return None
 
 
 def _trainable(config: Config, sharded: Sharded) -> Trainable:
     parallel = sharded.parallel
-    sparse = parallel.fused_optimizer
-    tables = {name for name in parallel.state_dict() if name.startswith("lookup.")}
-    dense = {name: p for name, p in parallel.named_parameters() if name not in tables}
-    return Trainable(parallel, Optimizer(config.optimizer, dense=dense, sparse=sparse, total_steps=1), TrainState())
+    dense = {name: p for name, p in parallel.named_parameters() if not name.startswith(checkpoint.TABLES)}
+    sparse, replicated = parallel.fused_optimizer, parallel.module.lookup.replicated
+    optimizer = Optimizer(config.optimizer, dense=dense, sparse=sparse, replicated=replicated, total_steps=1)
+    return Trainable(parallel, optimizer, TrainState())
 
 
 def _total_steps(config: Config, loader: Loader) -> int:
@@ -143,7 +173,7 @@ def _prepare_folder(config: Config, out: Path, plan: str, step: int) -> None:
         raise UserError(f"cannot write the run folder {out}: {error.strerror}; choose another --out") from None
 
 
-def _greeting(out: Path, plan: str, newest: Path | None, world: World, step: int, total_steps: int) -> str:
+def _greeting(out: Path, plan: str, newest: Location | None, world: World, step: int, total_steps: int) -> str:
     start = f"continuing from {newest}" if newest else "starting"
     if newest is not None and step >= total_steps:
         start = f"finished at {newest}"

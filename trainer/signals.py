@@ -16,10 +16,11 @@ SAME_REQUEST_SECONDS = 2.0
 
 
 class StopRequested(Exception):
-    """The run was asked to stop, has saved its last step, and ends."""
+    """The run was asked to stop, has saved its last step (or could not, for `error`), and ends."""
 
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}, which is saved")
+    def __init__(self, signum: int, step: int, *, error: str | None) -> None:
+        saved = "which is saved" if error is None else f"which could not be saved: {error}"
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}, {saved}")
         self.exit_code = 128 + signum
         """As a shell gives it for a process that the signal ended; not 0, so that schedulers requeue."""
 

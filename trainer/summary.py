@@ -8,13 +8,14 @@ from typing import Any
 
 from .manifest import complete_checkpoints
 from .report import METRICS_FILE, read_lines, table
+from .storage import Location
 
 
-def summary(out: Path) -> str:
+def summary(out: Path, home: Location) -> str:
     """Metrics of the newest evaluation of each split, and the paths of run folder and newest checkpoint."""
     newest = {line["split"]: line for line in read_lines(out / METRICS_FILE) if line["split"] != "train"}
     parts = [describe(split, line) for split, line in newest.items()]
-    checkpoints = complete_checkpoints(out)
+    checkpoints = complete_checkpoints(home)
     parts.append(f"run folder   {out}\ncheckpoint   {checkpoints[-1] if checkpoints else 'none'}")
     return "\n\n".join(["", *parts])
 

@@ -37,7 +37,7 @@ Shards = list[tuple[str, int, int, "np.ndarray[Any, Any]"]]
 def shard(config: EmbeddingsConfig, *, std: float = 0.1, seed: int = 3) -> tuple[DistributedModelParallel, str]:
     """A lookup of items and users on this rank, and the page that describes its plan."""
     needed = build_tables(config, num_items=NUM_ITEMS, features=FEATURES, item_keys=("item", "candidate"))
-    lookup = Lookup(needed, dim=config.dim)
+    lookup = Lookup(needed, config)
     plan, sharder = make_plan(lookup, config, device=CPU)
     parallel = DistributedModelParallel(lookup, device=CPU, plan=plan, sharders=[sharder])
     init_tables(parallel, std=std, seed=seed)
@@ -279,7 +279,7 @@ def refused(config: EmbeddingsConfig, device: str) -> str:
     """Why there is no plan for a device, which need not be there to be planned for."""
     needed = build_tables(config, num_items=NUM_ITEMS, features=FEATURES, item_keys=("item",))
     try:
-        make_plan(Lookup(needed, dim=config.dim), config, device=torch.device(device))
+        make_plan(Lookup(needed, config), config, device=torch.device(device))
     except UserError as error:
         return str(error)
     return "planned"

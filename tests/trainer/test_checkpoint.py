@@ -1,9 +1,9 @@
 """What a checkpoint is made of, how it is kept, and what the commands say about it."""
 
 import argparse
-import hashlib
 import json
 import shutil
+import zlib
 
 import pytest
 from process_group import run_ranks
@@ -19,6 +19,7 @@ from ultrarec.trainer.manifest import (
     complete_checkpoints,
     step_of,
 )
+from ultrarec.trainer.pieces import DTYPES
 
 
 @pytest.fixture
@@ -39,9 +40,15 @@ def test_the_manifest_lists_every_file_with_size_and_checksum(trained):
     folder = complete_checkpoints(trained(2)["ranking"])[-1]
     written = json.loads((folder / MANIFEST).read_text())
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
-    assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} <= files.keys()
-    expected = [{"name": n, "bytes": len(b), "sha256": hashlib.sha256(b).hexdigest()} for n, b in sorted(files.items())]
-    assert sorted(written["files"], key=lambda record: record["name"]) == expected
+    assert {"rank-00000.safetensors", "rank-00001.safetensors", "index.json"} <= files.keys()
+    assert {record["name"]: record["blocks"][-1]["end"] for record in written["files"]} == {
+        name: len(content) for name, content in files.items()
+    }
+    for record in written["files"]:
+        start = 0
+        for block in record["blocks"]:
+            assert zlib.crc32(files[record["name"]][start : block["end"]]) == block["crc32"]
+            start = block["end"]
     assert (written["step"], written["batches"], written["world_size"]) == (24, 24, 2)
     assert written["loader"] == {"epoch": 2, "consumed": 0}
     assert written["versions"].keys() == {"ultrarec", "torch", "torchrec"}
@@ -76,7 +83,7 @@ def test_verify_finds_whole_checkpoints_whole(run_folder, command, capsys):
     assert command("verify", checkpoint_folder(run_folder, 5)) == 0
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata"])
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00001.safetensors", "index.json"])
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
@@ -125,15 +132,15 @@ def test_inspect_shows_position_versions_and_every_tensor(run_folder, command, c
         (line,) = [line for line in printed.splitlines() if line.endswith(f" {name}")]
         assert line.split()[0] == f"{tensor.numel() * tensor.element_size():,}"
         assert str(list(tensor.shape)) in line
-        assert str(tensor.dtype).removeprefix("torch.") in line
-    (item,) = [line for line in printed.splitlines() if line.endswith("embeddings.item.weight")]
+        assert DTYPES[tensor.dtype] in line
+    (item,) = [line for line in printed.splitlines() if line.endswith("tables/item/weight")]
     assert item.split()[1] == "2", "a row-wise table of two ranks has two shards"
 
 
-def test_inspect_of_damaged_metadata_says_so(run_folder, command):
+def test_inspect_of_a_damaged_index_says_so(run_folder, command):
     folder = complete_checkpoints(run_folder)[-1]
-    (folder / ".metadata").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"\.metadata .*checkpoint verify"):
+    (folder / "index.json").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"is damaged: index.json has 7 bytes, written were"):
         command("inspect", run_folder)
 
 
@@ -156,7 +163,7 @@ def test_verify_of_a_checkpoint_without_manifest_is_refused(run_folder, command)
         ("{", "is not a readable manifest"),
         ("[]", "is not a readable manifest"),
         ('{"step": 5}', "is not a readable manifest"),
-        ('{"format_version": 99}', "is not a readable manifest"),
+        ('{"format_version": 2}', "is not a readable manifest"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(run_folder, text, told):
@@ -170,5 +177,5 @@ def test_a_manifest_of_a_later_format_is_refused_with_both_versions(run_folder):
     folder = checkpoint_folder(run_folder, 5)
     values = json.loads((folder / MANIFEST).read_text()) | {"format_version": 99}
     (folder / MANIFEST).write_text(json.dumps(values))
-    with pytest.raises(UserError, match="has format version 99; this version of ultrarec reads 1"):
+    with pytest.raises(UserError, match="has format version 99; this version of ultrarec reads 2"):
         Manifest.read(folder)
