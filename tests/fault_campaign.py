@@ -218,11 +218,11 @@ def survive(recipe: Path, out: Path, faults: list[Fault], *, world_sizes: list[i
         struck += [ended.struck] if ended.struck else []
         if set(ended.codes) == {0}:
             break
-        check_what_stands(out, fault, ended)
+        check_what_stands(out, log, fault, ended)
     return struck
 
 
-def check_what_stands(out: Path, fault: Fault | None, ended: Attempt) -> None:
+def check_what_stands(out: Path, log: Path, fault: Fault | None, ended: Attempt) -> None:
     """After a fault: no step behind the newest complete checkpoint but those that its successor was to hold."""
     reached, saved = last_step(out), newest(out)
     if ended.struck == "terminate":
@@ -231,9 +231,9 @@ def check_what_stands(out: Path, fault: Fault | None, ended: Attempt) -> None:
     # A save in flight, and the steps since it began.
     assert reached - saved <= 2 * EVERY, f"{fault}: trained {reached} steps, saved were {saved}"
     if ended.struck == "stop":
-        stacks = list((out / "stacks").glob("rank-*.txt"))
-        assert stacks, f"{fault}: no watchdog wrote its stacks"
-        assert any("loop.py" in path.read_text() for path in stacks)
+        stacks = "".join(path.read_text() for path in (out / "stacks").glob("rank-*.txt"))
+        # Ranks that wait in a save or an evaluation, which the watchdog leaves alone, end by the limit of collectives.
+        assert "loop.py" in stacks or "Timed out" in log.read_text(), f"{fault}: nobody said why the ranks ended"
     if ended.struck == "corrupt" and len(complete_checkpoints(out)) > 1:
         damage(complete_checkpoints(out)[-1])
 

@@ -38,12 +38,12 @@ class Health:
         return statistics.median(self.recent) if self.recent else math.nan
 
     def to_tensor(self) -> Tensor:
-        """[1 + 64] float64 for a checkpoint: the count, then the recent losses, NaN where there is none yet."""
-        missing = [math.nan] * (RECENT_LOSSES - len(self.recent))
+        """[1 + 64] float64 for a checkpoint: the count, then the recent losses, infinite where there is none yet."""
+        missing = [math.inf] * (RECENT_LOSSES - len(self.recent))
         return torch.tensor([self.skipped, *self.recent, *missing], dtype=torch.float64)
 
     @staticmethod
     def of(values: Tensor) -> Health:
         """What `to_tensor` wrote."""
         skipped, *recent = values.tolist()
-        return Health(int(skipped), deque((loss for loss in recent if not math.isnan(loss)), maxlen=RECENT_LOSSES))
+        return Health(int(skipped), deque((loss for loss in recent if math.isfinite(loss)), maxlen=RECENT_LOSSES))
