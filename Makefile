@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 RECIPE := hstu_kuairand_sample
 SAMPLE := datasets/kuairand-sample
 
-.PHONY: help env train test lint types format clean
+.PHONY: help env train test faults lint types format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -33,6 +33,10 @@ train: $(INSTALLED) $(SAMPLE)/dataset.json ## Train the sample recipe on two pro
 # A file stays on one worker, so that what its fixtures build is built once.
 test: $(INSTALLED) $(SPARK) ## Run all tests, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+RUNS := 100
+faults: $(INSTALLED) ## Kill, stop and starve RUNS small runs at random moments; each must end as if nothing had happened
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fault_campaign.py --runs $(RUNS)
 
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .

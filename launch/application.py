@@ -12,7 +12,7 @@ from torchx import specs
 from torchx.specs import macros
 
 from ..data.errors import UserError
-from ..trainer.config import Config
+from ..trainer.config import Config, LaunchConfig
 
 ROLE = "trainer"
 RENDEZVOUS_PORT = 29500
@@ -20,24 +20,34 @@ RENDEZVOUS_PORT = 29500
 
 @dataclass(frozen=True)
 class Size:
-    """How many processes, and where: `NODESxPROCS`."""
+    """How many processes, and where: `NODESxPROCS`, or `MIN:MAXxPROCS` for a job that goes on when it loses nodes."""
 
     nodes: int
+    """At most."""
     procs: int
+    """On each node."""
+    min_nodes: int | None = None
+    """Fewest nodes to go on with; None: all of them."""
 
     @classmethod
     def parse(cls, text: str) -> Size:
-        """Read `2x8`.
+        """Read `2x8` or `1:2x8`.
 
         Raises:
-            UserError: the text is not two positive numbers with an x between.
+            UserError: the text is not positive numbers with an x between, or the fewest nodes are the most.
         """
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-        if match is None:
+        match = re.fullmatch(r"(?:([1-9]\d*):)?([1-9]\d*)x([1-9]\d*)", text)
+        if match is None or (match[1] and int(match[1]) > int(match[2])):
             raise UserError(
-                f"-j {text}: expected NODESxPROCS, both at least 1, e.g. -j 2x8 for two nodes of 8 processes"
+                f"-j {text}: expected NODESxPROCS, both at least 1, e.g. -j 2x8 for two nodes of 8 processes, or "
+                "MIN:MAXxPROCS, e.g. -j 1:2x8 for a job that goes on with one of them"
             )
-        return cls(nodes=int(match[1]), procs=int(match[2]))
+        return cls(nodes=int(match[2]), procs=int(match[3]), min_nodes=int(match[1]) if match[1] else None)
+
+    @property
+    def nnodes(self) -> str:
+        """As torchrun wants it."""
+        return str(self.nodes) if self.min_nodes is None else f"{self.min_nodes}:{self.nodes}"
 
     @classmethod
     def of(cls, config: Config, override: str | None) -> Size:
@@ -105,7 +115,9 @@ def build(
         port: where the first node listens for the others.
     """
     launch = config.launch
-    command = _command(recipe=recipe, overrides=overrides, out=out, size=size, torchrun=torchrun, port=port)
+    command = _command(
+        recipe=recipe, overrides=overrides, out=out, size=size, torchrun=torchrun, port=port, launch=launch
+    )
     role = specs.Role(
         name=ROLE,
         image=launch.image,
@@ -117,6 +129,7 @@ def build(
             "PYTHONUNBUFFERED": "1",
         },
         num_replicas=size.nodes,
+        min_replicas=size.min_nodes,
         max_retries=launch.max_retries,
         resource=specs.Resource(
             cpu=launch.cpus_per_node, gpu=launch.gpus_per_node, memMB=launch.memory_gib_per_node * 1024
@@ -131,7 +144,9 @@ def rank_logs(out: Path, app_id: str, node: int) -> Path:
     return out / "logs" / app_id / f"node-{node}"
 
 
-def _command(*, recipe: str, overrides: Sequence[str], out: str, size: Size, torchrun: str, port: int) -> str:
+def _command(
+    *, recipe: str, overrides: Sequence[str], out: str, size: Size, torchrun: str, port: int, launch: LaunchConfig
+) -> str:
     """The shell command of a node, with TorchX's macros in it; `$$` is TorchX's escape for the shell's own `$`."""
     rendezvous = "localhost:0"
     if size.nodes > 1:
@@ -139,7 +154,8 @@ def _command(*, recipe: str, overrides: Sequence[str], out: str, size: Size, tor
         rendezvous = f'"$${{{macros.rank0_env}:=localhost}}:{port}"'
     return " ".join(
         [
-            f"{_quote(torchrun)} --nnodes {size.nodes} --nproc-per-node {size.procs}",
+            f"{_quote(torchrun)} --nnodes {size.nnodes} --nproc-per-node {size.procs}",
+            f"--max-restarts {launch.max_restarts} --shutdown-timeout {launch.grace_seconds}",
             f"--rdzv-backend c10d --rdzv-endpoint {rendezvous} --rdzv-id {macros.app_id}",
             # Every rank writes its own files; the node's own log repeats those of its first rank.
             f"--role {ROLE} --tee 3 --local-ranks-filter 0",

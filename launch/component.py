@@ -25,7 +25,7 @@ def train(
         overrides: settings of the recipe to change, as section.field=value
         config: name of a recipe, or path of a TOML file that every node can read
         out: run folder (default: runs/ and the recipe's name)
-        j: NODESxPROCS (default: the recipe's launch section)
+        j: NODESxPROCS or MIN:MAXxPROCS (default: the recipe's launch section)
         image: container image (default: the recipe's launch.image)
         torchrun: the command on the nodes; give a path where it is not on PATH
         rdzv_port: port on the first node where the others join; unused on one node

@@ -39,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SCHEDULERS,
         help="; ".join(f"{name}: {text}" for name, text in SCHEDULERS.items()),
     )
-    parser.add_argument("-j", metavar="NODESxPROCS", dest="size", help="default: the recipe's launch section")
+    parser.add_argument(
+        "-j",
+        metavar="[MIN:]NODESxPROCS",
+        dest="size",
+        help="default: the recipe's launch section; with MIN, the job goes on when it loses nodes down to that number",
+    )
     parser.add_argument("--out", metavar="DIR", help="run folder (default: runs/ and the recipe's name)")
     parser.add_argument("--dryrun", action="store_true", help="print the request and submit nothing")
     parser.add_argument(
@@ -95,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
             print(request)
             return 0
         if args.scheduler == "local_cwd":
-            return local.run(runner, request, out=Path(out), size=size)
+            return local.run(runner, request, out=Path(out), size=size, grace_seconds=config.launch.grace_seconds)
         return _submit(runner, request, args.scheduler)
 
 

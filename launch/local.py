@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torchx.specs import AppDef
 
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 45.0
-"""For an orderly end after a signal. torchrun gives its processes 30 s before it kills them; it must outlive that."""
+EXTRA_GRACE_SECONDS = 15.0
+"""For an orderly end after a signal, beyond what torchrun gives its processes before it kills them."""
 STRAGGLER_SECONDS = 60.0
 """How long the other nodes may run on after one has ended."""
 LAST_LINES = 30
@@ -94,8 +94,11 @@ def divide_gpus(request: Any, gpus: Sequence[str], size: application.Size) -> No
         node.env["CUDA_VISIBLE_DEVICES"] = ",".join(share)
 
 
-def run(runner: Runner, request: Any, *, out: Path, size: application.Size) -> int:
+def run(runner: Runner, request: Any, *, out: Path, size: application.Size, grace_seconds: int) -> int:
     """Run a dry-run request to its end.
+
+    Args:
+        grace_seconds: what torchrun gives its processes to end after a signal.
 
     Returns:
         0 when the job succeeded; else the exit code of the process that failed first, 128 + N for signal N.
@@ -111,12 +114,13 @@ def run(runner: Runner, request: Any, *, out: Path, size: application.Size) -> i
         except OSError as error:
             raise UserError(f"cannot write the logs below {out}: {error.strerror}; choose another --out") from None
         try:
-            succeeded = _wait(runner, handle, followed, caught)
+            succeeded = _wait(runner, handle, followed, caught, at_least=size.min_nodes or size.nodes)
         finally:
             processes.stop_all(
                 caught[0] if caught else signal.SIGTERM,
-                grace_seconds=GRACE_SECONDS,
+                grace_seconds=grace_seconds + EXTRA_GRACE_SECONDS,
                 meanwhile=lambda: _show(followed),
+                is_urgent=lambda: len(caught) > 1,
             )
             _show(followed)
     if caught:
@@ -141,7 +145,7 @@ def _caught_signals() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def _wait(runner: Runner, handle: str, followed: list[_FirstRank], caught: list[int]) -> bool:
+def _wait(runner: Runner, handle: str, followed: list[_FirstRank], caught: list[int], *, at_least: int) -> bool:
     """Show the job until it ends or a signal arrives; True when it succeeded."""
     from torchx.specs import AppState, is_terminal
 
@@ -153,7 +157,7 @@ def _wait(runner: Runner, handle: str, followed: list[_FirstRank], caught: list[
         if status is None or is_terminal(status.state):
             return status is not None and status.state == AppState.SUCCEEDED
         now = time.monotonic()
-        if all(node.is_alive() for node in nodes):
+        if sum(node.is_alive() for node in nodes) >= at_least:
             whole_until = now
         elif now - whole_until > STRAGGLER_SECONDS:
             return False
@@ -173,15 +177,16 @@ class _FirstRank:
         self._logs = logs
         # Stdout last: what ends a run, such as its table of metrics, stays the last thing on the screen.
         self._sinks = {"stderr.log": sys.stderr, "stdout.log": sys.stdout}
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[Path, BinaryIO] = {}
 
     def show(self) -> None:
         for name, sink in self._sinks.items():
-            if name not in self._files and (path := next(self._logs.glob(f"*/attempt_0/0/{name}"), None)):
-                self._files[name] = path.open("rb")
-            if name in self._files and (new := self._files[name].read()):
-                sink.write(new.decode("utf-8", errors="replace"))
-                sink.flush()
+            for path in sorted(self._logs.glob(f"*/attempt_*/0/{name}"), key=_attempt):
+                if path not in self._files:
+                    self._files[path] = path.open("rb")
+                if new := self._files[path].read():
+                    sink.write(new.decode("utf-8", errors="replace"))
+                    sink.flush()
 
 
 @dataclass(frozen=True)
@@ -230,12 +235,20 @@ def _explain(agents: list[Path], *, out: Path, app_id: str) -> int:
         print(f"error: the launcher failed; its last lines:\n{words}\nlogs: {agents[0].parent}", file=sys.stderr)
         return 1
     if failure.local_rank > 0:  # what the first rank of a node said is on the screen already
-        folders = sorted(application.rank_logs(out, app_id, failure.node).glob(f"*/attempt_*/{failure.local_rank}"))
-        print(f"last lines of rank {failure.rank}:\n{_last_lines(folders)}", file=sys.stderr)
+        logs_of_rank = application.rank_logs(out, app_id, failure.node).glob(f"*/attempt_*/{failure.local_rank}/*")
+        folders = sorted((path.parent for path in logs_of_rank if path.name == "stderr.log"), key=_attempt)
+        # An attempt that only repeats the verdict of an earlier one says nothing.
+        last = [folder for folder in folders if _read(folder / "stderr.log")][-1:]
+        print(f"last lines of rank {failure.rank}:\n{_last_lines(last)}", file=sys.stderr)
     if failure.exit_code != USER_ERROR:  # that one has explained itself
         print(f"error: rank {failure.rank} on node {failure.node} {failure.how()}", file=sys.stderr)
     print(f"logs of all ranks: {logs}", file=sys.stderr)
     return failure.exit_code if failure.exit_code > 0 else 128 - failure.exit_code
+
+
+def _attempt(path: Path) -> int:
+    """The number in `.../attempt_N/...`, which torchrun raises with every restart."""
+    return next(int(part[8:]) for part in reversed(path.parts) if re.fullmatch(r"attempt_\d+", part))
 
 
 def _last_lines(folders: list[Path]) -> str:

@@ -55,19 +55,22 @@ def descendants() -> set[Process]:
     return found
 
 
-def stop_all(signum: int, *, grace_seconds: float, meanwhile: Callable[[], None]) -> None:
+def stop_all(
+    signum: int, *, grace_seconds: float, meanwhile: Callable[[], None], is_urgent: Callable[[], bool]
+) -> None:
     """End every descendant: the signal to the direct children, which pass it on, and SIGKILL to all that outlive it.
 
     Args:
         signum: what the direct children are sent.
         grace_seconds: how long they may take.
         meanwhile: called while waiting, about ten times a second.
+        is_urgent: asked as often; True ends the patience.
     """
     family = descendants()
     for process in children():
         process.send(signum)
     deadline = time.monotonic() + grace_seconds
-    while any(process.is_alive() for process in family) and time.monotonic() < deadline:
+    while any(process.is_alive() for process in family) and time.monotonic() < deadline and not is_urgent():
         meanwhile()
         time.sleep(0.1)
         family |= descendants()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.errors import UserError
+from .attempts import final_exit_code, remember_final
 from .config import load_config
 from .noise import silence
 
@@ -40,16 +41,22 @@ def run(args: argparse.Namespace) -> int:
     from .loop import train
     from .parallel import join
     from .run import open_run
+    from .signals import StopRequested, requests_to_stop
     from .storage import checkpoint_home
     from .summary import summary
 
-    with join(config.trainer) as world:
+    with join(config.trainer) as world, requests_to_stop() as request:
         try:
-            with open_run(config, out, world, fresh=args.fresh) as opened:
+            with open_run(config, out, world, fresh=args.fresh, request=request) as opened:
                 train(opened)
         except NotFiniteError as error:
+            remember_final(1)
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except StopRequested as stop:
+            if world.is_main:
+                print(f"{stop}; the same command continues the run", file=sys.stderr)
+            return stop.exit_code
         if world.is_main:
             print(summary(out, checkpoint_home(config.checkpoint, out)), flush=True)
     return 0
@@ -59,9 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, and turn a user's error into one message and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m ultrarec.trainer", description=__doc__)
     add_arguments(parser)
+    if (code := final_exit_code()) is not None:
+        return code
     try:
         return run(parser.parse_args(argv))
     except UserError as error:
+        remember_final(2)
         if os.environ.get("RANK", "0") != "0":
             # Mostly every rank finds the same fault; torchrun ends them all once rank 0 has said it and ended.
             time.sleep(SECONDS_FOR_RANK_0)

@@ -19,20 +19,22 @@ from ..embeddings.plan import describe_plan, make_plan
 from ..embeddings.tables import build_tables
 from ..model.recommender import NextItemModel, NextItemOutput, RankingModel, RankingOutput, build_model
 from .config import Config
+from .cut import Cut
 from .parallel import World
 
 
 class Recommender(nn.Module):
-    """Lookup and model; kept to two calls, which the training pipeline traces to find the lookup's input."""
+    """Lookup, cut and model; kept to such calls, which the training pipeline traces to find the lookup's input."""
 
     def __init__(self, lookup: Lookup, model: RankingModel | NextItemModel) -> None:
         super().__init__()
         self.lookup = lookup
+        self.cut = Cut()
         self.model = model
 
     def forward(self, batch: Batch) -> tuple[Tensor, RankingOutput | NextItemOutput]:
         """Summed loss over this rank's labels, and what it was made of."""
-        return self.model(batch, self.lookup(batch.ids))
+        return self.model(batch, self.cut(self.lookup(batch.ids)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,12 @@ class TrainerConfig(Section):
     """Seed of initial weights and dropout."""
     timeout_seconds: int = Field(default=600, gt=0, le=7 * 24 * 3600)
     """How long a rank waits for the others before it gives up."""
+    watchdog_seconds: float = Field(default=300, gt=0, le=7 * 24 * 3600)
+    """How long a step may take, batch included, before the rank writes its stacks to `OUT/stacks/` and aborts."""
+    max_skipped_batches: int = Field(default=10, ge=0)
+    """Batches of the whole run that are skipped for an infinite or NaN loss or gradient; one more stops the run."""
+    spike_factor: float = Field(default=3.0, gt=1)
+    """A batch whose loss exceeds the median of the last 64 by this factor is reported with its rows."""
 
     @model_validator(mode="after")
     def _has_an_end(self) -> TrainerConfig:
@@ -109,8 +115,12 @@ class LaunchConfig(Section):
     memory_gib_per_node: int = Field(default=8, gt=0)
     image: str = "ultrarec:latest"
     """Container image, for schedulers that run one."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Restarts in place, by torchrun, after a process failed; each continues from the newest complete checkpoint."""
     max_retries: int = Field(default=3, ge=0)
-    """Restarts after a failure; each continues from the newest complete checkpoint."""
+    """Restarts of the whole job by the scheduler, after torchrun has given up or a node was taken away."""
+    grace_seconds: int = Field(default=120, gt=0)
+    """Time to finish a step and save after SIGTERM, before torchrun kills; the scheduler's own limit must be longer."""
 
 
 class Config(Section):

@@ -7,27 +7,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from ..data.batch import Batch
 from ..data.errors import UserError
 from ..data.loader import Loader
 from ..data.samples import Split
+from . import incidents
 from .checkpoint import Trainable
 from .config import Config
 from .evaluate import Evaluator
 from .manifest import MANIFEST, checkpoint_folder
 from .parallel import World, on_main, sum_over_ranks
+from .pipeline import GuardedPipeline
 from .report import METRICS_FILE, Audit, Reporter, read_lines
 from .saver import Saver
+from .signals import StopRequested
 from .state import TrainState, Window
-from .step import Step, Trained, train_step
+from .step import Step, train_step
+from .timing import Stragglers, Timer, metrics_of, over_ranks
+from .watchdog import Watchdog
 
 
 @dataclass
 class Meter:
     """What this rank has trained since the last line of metrics, or since this process began; not part of the state."""
 
+    steps: int = 0
     samples: int = 0
     tokens: int = 0
     start: float = field(default_factory=time.monotonic)
@@ -42,14 +46,17 @@ class Run:
     world: World
     out: Path
     trainable: Trainable
-    pipeline: TrainPipelineSparseDist[Batch, Trained]
+    pipeline: GuardedPipeline
     loader: Loader
     evaluator: Evaluator
     total_steps: int
     reporter: Reporter
     audit: Audit | None
+    timer: Timer
+    watchdog: Watchdog
     saver: Saver
     meter: Meter = field(default_factory=Meter)
+    stragglers: Stragglers = field(default_factory=Stragglers)
 
     @property
     def state(self) -> TrainState:
@@ -58,12 +65,24 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Train to the last step, then evaluate and save; of a finished run, do what is missing."""
-    config, batches = run.config, iter(run.loader)
+    """Train to the last step, then evaluate and save; of a finished run, do what is missing.
+
+    Raises:
+        StopRequested: a signal came; the step is finished and saved.
+        NotFiniteError: too many batches gave numbers that were not finite.
+    """
+    config, batches = run.config, run.timer.watch(run.loader)
+    catch_up(run)
+    run.watchdog.start(run.state.step)
     while run.state.step < run.total_steps and (step := train_step(run, batches)):
         record(run, step)
+        incidents.inspect(run, step)
         if every(config.trainer.log_every, run.state.step) or run.state.step == run.total_steps:
             log(run, step)
+        if step.signum:
+            run.saver.wait()
+            save(run)
+            raise StopRequested(step.signum, run.state.step, error=run.saver.wait())
         if every(config.trainer.evaluate_every, run.state.step):
             evaluate(run, "validation")
         if every(config.checkpoint.every, run.state.step) and run.state.step < run.total_steps:
@@ -81,16 +100,19 @@ def record(run: Run, step: Step) -> None:
     state = run.state
     state.step += 1
     state.batches += len(step.trained)
-    state.loader = step.trained[-1].batch.state
+    state.loader = step.consumed[-1].batch.state
+    run.meter.steps += 1
     for trained in step.trained:
         batch = trained.batch
         state.window.add(loss_sum=trained.loss_sum, labels=batch.labels.numel())
         run.meter.samples += len(batch.samples)
         run.meter.tokens += batch.timestamps.numel()
     if run.audit is not None:
-        samples = [trained.batch.samples for trained in step.trained]
-        run.audit.write(step=state.step, epoch=state.epoch, samples=samples)
+        skipped = [consumed.batch.samples for consumed in step.consumed if not consumed.verdict.is_good]
+        samples = [consumed.batch.samples for consumed in step.consumed]
+        run.audit.write(step=state.step, epoch=state.epoch, samples=samples, skipped=skipped)
     run.reporter.advance()
+    run.watchdog.beat(state.step)
 
 
 def log(run: Run, step: Step) -> None:
@@ -98,6 +120,7 @@ def log(run: Run, step: Step) -> None:
     loss_sum, labels = sum_over_ranks(run.state.window.totals()).tolist()
     samples, tokens = sum_over_ranks(torch.tensor([run.meter.samples, run.meter.tokens])).tolist()
     seconds = time.monotonic() - run.meter.start
+    per_rank = over_ranks(run.timer.read(), steps=run.meter.steps)
     run.reporter.write(
         {
             "step": run.state.step,
@@ -108,9 +131,13 @@ def log(run: Run, step: Step) -> None:
             "grad_norm": float(step.gradient_norm),
             "tokens_per_second": tokens / seconds,
             "samples_per_second": samples / seconds,
+            "skipped_batches": run.state.health.skipped,
+            **metrics_of(per_rank),
             **({"failed_saves": run.saver.failures} if run.saver.failures else {}),
         }
     )
+    if slow := run.stragglers.take(per_rank):
+        run.reporter.say(slow)
     run.state.window = Window()
     run.meter = Meter()
 
@@ -120,7 +147,8 @@ def evaluate(run: Run, split: Split) -> None:
     start = time.monotonic()
     # The pipeline's rewritten model expects ids that are already exchanged; evaluation runs the plain one.
     run.pipeline.detach()
-    metrics = run.evaluator(split)
+    with run.watchdog.paused():
+        metrics = run.evaluator(split)
     # Batches in flight have exchanged their ids; attached without this, the pipeline would begin that exchange again,
     # and lose the sizes of the first on several ranks.
     run.pipeline.attach(sparse_dist=False)
@@ -132,23 +160,38 @@ def save(run: Run) -> None:
     """Begin to write a checkpoint; the metrics and audit up to its step are on disk before it counts as complete."""
     start = time.monotonic()
     audit = [run.audit.sync] if run.audit is not None else []
-    run.saver.save(run.trainable.pieces(run.world), run.state, sync=[run.reporter.sync, *audit])
+    sync = [run.reporter.sync, *audit, lambda: incidents.sync(run.out)]
+    with run.timer.phase("checkpoint"), run.watchdog.paused():
+        run.saver.save(run.trainable.pieces(run.world), run.state, sync=sync)
     run.meter.start += time.monotonic() - start
 
 
 def finish(run: Run) -> None:
     """Evaluate what the dataset holds out and save the last step, as far as an earlier process has not done so."""
-    step = run.state.step
-    done = on_main(
-        run.world, lambda: {line["split"] for line in read_lines(run.out / METRICS_FILE) if line["step"] == step}
-    )
+    done = splits_done(run)
     for split in run.evaluator.held_out:
         if split not in done:
             evaluate(run, split)
-    if not on_main(run.world, (checkpoint_folder(run.saver.home, step) / MANIFEST).is_file):
+    if not on_main(run.world, (checkpoint_folder(run.saver.home, run.state.step) / MANIFEST).is_file):
         save(run)
     if error := run.saver.wait():
         raise UserError(
             f"the last step's checkpoint could not be written to {run.saver.home}: {error}; mend that and "
             "give the same command again: the run continues from its newest complete checkpoint"
         )
+
+
+def catch_up(run: Run) -> None:
+    """Evaluate the step that is continued from, if it was due: a process that had to stop saves it without."""
+    step = run.state.step
+    due = step > 0 and every(run.config.trainer.evaluate_every, step)
+    if due and step < run.total_steps and "validation" not in splits_done(run):
+        evaluate(run, "validation")
+
+
+def splits_done(run: Run) -> set[str]:
+    """The splits that have a line of metrics about the present step."""
+    step = run.state.step
+    return on_main(
+        run.world, lambda: {line["split"] for line in read_lines(run.out / METRICS_FILE) if line["step"] == step}
+    )

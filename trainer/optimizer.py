@@ -11,7 +11,6 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from ..embeddings.replicated import ReplicatedTables
 from .config import OptimizerConfig
-from .health import require_finite
 
 
 def lr_factor(step: int, *, config: OptimizerConfig, total_steps: int) -> float:
@@ -75,7 +74,6 @@ class Optimizer:
         if gradient_scale != 1.0:
             torch._foreach_mul_(gradients, gradient_scale)
         norm = torch.nn.utils.get_total_norm(gradients)
-        require_finite(norm, "the gradient norm")
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.dense.values(), self.config.clip_norm, norm)
         self.adamw.step()

@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ..data.errors import UserError
+from .incidents import INCIDENTS_FILE
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -53,8 +54,8 @@ def _parse(line: str, path: Path) -> dict[str, Any]:
 
 
 def forget_after(out: Path, step: int) -> None:
-    """Drop the lines of metrics and of every rank's audit behind `step`: the run writes them again from there."""
-    for path in [out / METRICS_FILE, *out.glob("audit/rank-*.jsonl")]:
+    """Drop the lines of metrics, incidents and every rank's audit behind `step`: the run writes them again."""
+    for path in [out / METRICS_FILE, out / INCIDENTS_FILE, *out.glob("audit/rank-*.jsonl")]:
         keep_lines(path, lambda line: line["step"] <= step)
 
 
@@ -111,7 +112,8 @@ class Reporter:
         shown = " ".join(
             f"{key} {value:,.0f}" if value >= 1000 else f"{key} {value:.4g}"
             for key, value in values.items()
-            if key not in ("step", "epoch", "split")
+            if key not in ("step", "epoch", "split") and not key.startswith("seconds/")
+            if key != "skipped_batches" or value
         )
         return f"step {values['step']}/{self._total_steps} epoch {values['epoch']} {values['split']}: {shown}"
 
@@ -124,10 +126,12 @@ class Audit:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, *, step: int, epoch: int, samples: list[Tensor]) -> None:
-        """Record the (file, row, sample) triples of a step."""
-        rows = [row for part in samples for row in part.tolist()]
-        self._file.write(json.dumps({"step": step, "epoch": epoch, "rows": rows}) + "\n")
+    def write(self, *, step: int, epoch: int, samples: list[Tensor], skipped: list[Tensor]) -> None:
+        """Record the (file, row, sample) triples that a step consumed, and which of them changed nothing."""
+        line: dict[str, Any] = {"step": step, "epoch": epoch, "rows": _rows(samples)}
+        if skipped:
+            line["skipped"] = _rows(skipped)
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -137,6 +141,10 @@ class Audit:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _rows(parts: list[Tensor]) -> list[list[int]]:
+    return [row for part in parts for row in part.tolist()]
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, columns: list[str]) -> str:

@@ -18,26 +18,42 @@ from .loop import Run
 from .manifest import Manifest, complete_checkpoints, newest_at
 from .optimizer import Optimizer
 from .parallel import World, on_main
+from .pipeline import GuardedPipeline
 from .report import Audit, Reporter, forget_after
 from .saver import Saver
+from .signals import StopRequest
 from .state import TrainState
-from .step import build_pipeline
 from .storage import Location, checkpoint_home, location
+from .timing import Timer
+from .watchdog import Watchdog
 
 CONFIG_FILE = "config.toml"
 PLAN_FILE = "plan.txt"
 
 
 @contextmanager
-def open_run(config: Config, out: Path, world: World, *, fresh: bool) -> Iterator[Run]:
-    """Build every part, take up the newest complete checkpoint in `out`, and close all files at the end.
+def open_run(
+    config: Config, out: Path, world: World, *, fresh: bool, request: StopRequest | None = None
+) -> Iterator[Run]:
+    """Build every part, take up the newest complete checkpoint of the run in `out`, and close all files at the end.
 
     Raises:
         UserError: the dataset, the configuration or the run folder does not allow it.
     """
+    fingerprint = load_dataset(config).fingerprint
+    complete = on_main(world, lambda: _own_checkpoints(config, out, fingerprint, fresh=fresh))
+    with assemble(config, out, world, complete, request=request or StopRequest()) as run:
+        yield run
+
+
+@contextmanager
+def assemble(
+    config: Config, out: Path, world: World, complete: list[Location], *, request: StopRequest
+) -> Iterator[Run]:
+    """A run that writes to `out` and continues from the newest of some checkpoints, or begins if there are none."""
     info = load_dataset(config)
-    complete = on_main(world, lambda: _own_checkpoints(config, out, info.fingerprint, fresh=fresh))
-    sharded = shard(build_recommender(config, info), config, world)
+    recommender = build_recommender(config, info)
+    sharded = shard(recommender, config, world)
     trainable = _trainable(config, sharded)
     newest = _take_up(trainable, complete, config, world)
     state = trainable.state
@@ -46,6 +62,7 @@ def open_run(config: Config, out: Path, world: World, *, fresh: bool) -> Iterato
     on_main(world, lambda: _prepare_folder(config, out, sharded.plan, state.step))
     reporter = Reporter(out, is_main=world.is_main, step=state.step, total_steps=total_steps)
     audit = Audit(out, rank=world.rank) if config.data.audit else None
+    watchdog = Watchdog(out, rank=world.rank, seconds=config.trainer.watchdog_seconds)
     saver = Saver(
         config.checkpoint,
         out,
@@ -54,6 +71,8 @@ def open_run(config: Config, out: Path, world: World, *, fresh: bool) -> Iterato
         dataset=info.fingerprint,
         say=reporter.say,
     )
+    timer = Timer(world.device)
+    timer.watch_module(recommender.lookup, "exchange")
     reporter.say(_greeting(out, sharded.plan, newest, world, state.step, total_steps))
     try:
         yield Run(
@@ -61,15 +80,26 @@ def open_run(config: Config, out: Path, world: World, *, fresh: bool) -> Iterato
             world=world,
             out=out,
             trainable=trainable,
-            pipeline=build_pipeline(sharded.parallel, config.trainer, world),
+            pipeline=GuardedPipeline(
+                sharded.parallel,
+                recommender.cut,
+                trainable.optimizer.dense,
+                config=config.trainer,
+                world=world,
+                timer=timer,
+                request=request,
+            ),
             loader=loader,
             evaluator=Evaluator(config, info, world, sharded.parallel),
             total_steps=total_steps,
             reporter=reporter,
             audit=audit,
+            timer=timer,
+            watchdog=watchdog,
             saver=saver,
         )
     finally:
+        watchdog.close()
         loader.close()
         saver.close()
         reporter.close()

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pydantic import TypeAdapter
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
@@ -118,6 +119,8 @@ class Saver:
         """Wait for the save in flight; why the newest save failed, None if it is complete. The same on every rank."""
         if self._thread is not None:
             self._thread.join()
+            # Rank 0 may host the store; if it ended here, ranks that still ask for the outcome would lose it.
+            dist.barrier()
         return self._error
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data.loader import LoaderState
+from .health import Health
 
 
 @dataclass
@@ -43,9 +44,10 @@ class TrainState:
 
     step: int = 0
     batches: int = 0
-    """Loader batches trained, `trainer.accumulate` per step: how often the tables were updated."""
+    """Loader batches trained, `trainer.accumulate` per step but for skipped ones: how often tables were updated."""
     loader: LoaderState = field(default_factory=LoaderState)
     window: Window = field(default_factory=Window)
+    health: Health = field(default_factory=Health)
 
     @property
     def epoch(self) -> int:
@@ -55,13 +57,18 @@ class TrainState:
 
     def rank_state(self) -> dict[str, Any]:
         """This rank's own part: random numbers and open metrics."""
-        state: dict[str, Any] = {"cpu_rng": torch.get_rng_state(), "window": self.window.totals()}
+        state: dict[str, Any] = {
+            "cpu_rng": torch.get_rng_state(),
+            "window": self.window.totals(),
+            "health": self.health.to_tensor(),
+        }
         if torch.cuda.is_available():
             state["cuda_rng"] = torch.cuda.get_rng_state()
         return state
 
     def load_rank_states(self, states: list[dict[str, Any]], *, rank: int, world_size: int) -> None:
         """Take up what the saving ranks left: each its own, or, on another world size, rank 0 all windows."""
+        self.health = Health.of(states[0]["health"])  # equal on all of them
         if len(states) != world_size:
             # Other ranks draw other dropout masks anyway: their freshly seeded streams are as good as the old ones.
             totals = torch.stack([state["window"] for state in states]).sum(0)

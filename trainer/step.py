@@ -1,80 +1,72 @@
-"""One step: forward and backward through TorchRec's pipeline, the check, the update."""
+"""One step: forward and backward through TorchRec's pipeline, then the update."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from ..data.batch import Batch
-from .config import TrainerConfig
-from .health import require_finite
-from .optimizer import Deferred
-from .parallel import World
+from .pipeline import Trained, Verdict
 
 if TYPE_CHECKING:
     from .loop import Run
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
-    """A batch after its backward pass, and this rank's summed loss on it."""
+class Consumed:
+    """A batch that a step has taken, and what all ranks found of it."""
 
-    batch: Batch
-    loss_sum: Tensor
+    trained: Trained
+    verdict: Verdict
+
+    @property
+    def batch(self) -> Batch:
+        """This rank's part of it."""
+        return self.trained.batch
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A finished update."""
+    """A finished step; batches whose numbers went wrong have changed nothing."""
 
-    trained: list[Trained]
+    consumed: list[Consumed]
     lr: float
-    gradient_norm: Tensor
+    gradient_norm: Tensor | float
+    """NaN when no batch was good, and so nothing was updated."""
 
+    @property
+    def trained(self) -> list[Trained]:
+        """The good batches."""
+        return [each.trained for each in self.consumed if each.verdict.is_good]
 
-def build_pipeline(
-    parallel: DistributedModelParallel, config: TrainerConfig, world: World
-) -> TrainPipelineSparseDist[Batch, Trained]:
-    """The pipeline that overlaps a step with the next batch's exchange of ids and the one after's way to the device."""
-    return TrainPipelineSparseDist(
-        parallel, Deferred(), world.device, custom_model_fwd=_scaled_loss(parallel, config, world)
-    )
-
-
-def _scaled_loss(
-    parallel: DistributedModelParallel, config: TrainerConfig, world: World
-) -> Callable[[Batch | None], tuple[Tensor, Trained]]:
-    def forward(batch: Batch | None) -> tuple[Tensor, Trained]:
-        assert batch is not None
-        with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-            loss_sum, _ = parallel(batch)
-        require_finite(loss_sum, "the loss")  # before backward reaches the tables, whose update is part of it
-        # Gradients are averaged over ranks: times their number, they are those of the mean over the global batch.
-        scale = world.size / (max(batch.num_labels, 1) * config.accumulate)
-        return loss_sum * scale, Trained(batch, loss_sum.detach())
-
-    return forward
+    @property
+    def signum(self) -> int:
+        """The signal that asks the run to stop after this step, 0 without one."""
+        return max(each.verdict.signum for each in self.consumed)
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> Step | None:
     """One update from `trainer.accumulate` batches, fewer at the end of an epoch; None when there is none left."""
     accumulate = run.config.trainer.accumulate
     lr = run.trainable.optimizer.begin(run.state.step)
-    trained: list[Trained] = []
-    while len(trained) < accumulate:
+    consumed: list[Consumed] = []
+    while len(consumed) < accumulate:
         try:
-            trained.append(run.pipeline.progress(batches))
+            trained = run.pipeline.progress(batches)
         except StopIteration:
             break
-        if trained[-1].batch.state.consumed == 0:  # the epoch is over, and no step belongs to two
+        consumed.append(Consumed(trained, run.pipeline.verdict))
+        if trained.batch.state.consumed == 0:  # the epoch is over, and no step belongs to two
             break
-    if not trained:
+    if not consumed:
         return None
-    norm = run.trainable.optimizer.update(gradient_scale=accumulate / len(trained))
-    return Step(trained, lr, norm)
+    good = sum(each.verdict.is_good for each in consumed)
+    norm: Tensor | float = math.nan
+    if good:
+        with run.timer.phase("optimizer"):
+            norm = run.trainable.optimizer.update(gradient_scale=accumulate / good)
+    return Step(consumed, lr, norm)

@@ -18,7 +18,7 @@ def command_of(app):
 def test_one_node_runs_torchrun_on_the_trainer():
     app = train("trainer.max_steps=3", config=RECIPE, out="runs/x", j="1x2")
     assert command_of(app) == (
-        "exec torchrun --nnodes 1 --nproc-per-node 2"
+        "exec torchrun --nnodes 1 --nproc-per-node 2 --max-restarts 3 --shutdown-timeout 120"
         " --rdzv-backend c10d --rdzv-endpoint localhost:0 --rdzv-id ${app_id}"
         " --role trainer --tee 3 --local-ranks-filter 0 --log-dir runs/x/logs/${app_id}/node-${replica_id}"
         " -m ultrarec.trainer hstu_kuairand_sample --out runs/x --set trainer.max_steps=3"

@@ -31,7 +31,7 @@ role.args[1] = role.args[1].replace("-m ultrarec.trainer", worker)
 local.prepare(app, size)
 with get_runner() as runner:
     request = runner.dryrun(app, "local_cwd", local.options(out))
-    sys.exit(local.run(runner, request, out=out, size=size))
+    sys.exit(local.run(runner, request, out=out, size=size, grace_seconds=30))
 """
 PREAMBLE = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
 

@@ -76,7 +76,7 @@ def test_the_compared_checkpoints_hold_everything_that_training_changes(whole):
     groups = {name.split("/")[0] for name in tensors}
     assert groups == {"weights", "tables", "dense", "rank"}
     assert {name for name in tensors if name.startswith("rank/")} == {
-        f"rank/{rank}/{key}" for rank in (0, 1) for key in ("cpu_rng", "window")
+        f"rank/{rank}/{key}" for rank in (0, 1) for key in ("cpu_rng", "window", "health")
     }
     tables = {name: tensor for name, tensor in tensors.items() if name.startswith("tables/")}
     assert tables.keys() == {

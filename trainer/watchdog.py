@@ -1,0 +1,91 @@
+"""A watchdog for steps that never end: where every rank stands goes into the run folder, then the process aborts."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+STACKS_FOLDER = "stacks"
+EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: not 0, so that launchers start again."""
+GRACE_SECONDS = 2.0
+"""Between writing stacks and aborting: once one rank is gone, torchrun ends the others, and theirs are wanted too."""
+LOOKS = 8
+"""How often the thread wakes up in the time that a step may take."""
+
+
+class Watchdog:
+    """Aborts this process when no step has finished for `seconds`; everything happens in a thread that mostly sleeps.
+
+    Should the main thread hang without releasing the interpreter's lock, the thread cannot run either: then
+    faulthandler's own timer, which needs no lock and is wound up anew at every look, writes the stacks and exits.
+    """
+
+    def __init__(self, out: Path, *, rank: int, seconds: float) -> None:
+        folder = out / STACKS_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"rank-{rank}.txt"
+        self._file = self._path.open("a", encoding="utf-8")
+        self._rank, self._seconds = rank, seconds
+        self._step, self._since = 0, time.monotonic()
+        self._paused = False
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="ultrarec-watchdog", daemon=True)
+
+    def start(self, step: int) -> None:
+        """Begin to watch; `step` is the last one that has finished."""
+        self.beat(step)
+        self._thread.start()
+
+    def beat(self, step: int) -> None:
+        """A step has finished."""
+        self._step, self._since = step, time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that no step needs: evaluation and saving end by the time limit of their collectives."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._since, self._paused = time.monotonic(), False
+
+    def close(self) -> None:
+        """Stop watching; without stacks, no file is left."""
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        self._file.close()
+        if self._path.stat().st_size == 0:
+            self._path.unlink()
+
+    def _watch(self) -> None:
+        while not self._end.wait(self._seconds / LOOKS):
+            if self._paused:
+                faulthandler.cancel_dump_traceback_later()
+                continue
+            overdue = time.monotonic() - self._since - self._seconds
+            if overdue > 0:
+                self._abort()
+            faulthandler.dump_traceback_later(2 * self._seconds, exit=True, file=self._file)
+
+    def _abort(self) -> None:
+        said = (
+            f"rank {self._rank}: no step has finished for {self._seconds:g} s, the last was {self._step}; "
+            f"stacks of all threads in {self._path}; aborting (trainer.watchdog_seconds)\n"
+        )
+        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {said}")
+        self._file.flush()
+        faulthandler.dump_traceback(file=self._file, all_threads=True)
+        os.fsync(self._file.fileno())
+        sys.stderr.write(f"error: {said}")
+        sys.stderr.flush()
+        time.sleep(GRACE_SECONDS)
+        os._exit(EXIT_CODE)
