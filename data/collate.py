@@ -20,6 +20,7 @@ from .batch import Batch
 from .config import FeatureConfig
 from .errors import UserError
 from .faults import Fault, SkippedSample
+from .memory import Memory
 from .order import Samples, Step
 from .reader import Histories
 from .samples import Candidates, Integers, RankingSampler, Sampler, Split
@@ -36,6 +37,7 @@ class Collator:
     file_begin: Integers
     """First row of each file, and the number of all rows."""
     seed: int
+    memory: Memory
 
     def __post_init__(self) -> None:
         for name in {"item", "positive", "candidate"}.intersection(self.features):
@@ -91,9 +93,13 @@ class Collator:
         return samples.take(np.flatnonzero(is_fit)), tuple(skipped)
 
     def _read(self, samples: Samples, histories: Mapping[int, Histories]) -> _Read:
-        if isinstance(self.sampler, RankingSampler):
-            return _read_ranking(samples, histories, self.features)
-        return _read_next_item(samples, histories, self.features, self.split)
+        slices = samples.slices
+        is_ranking = isinstance(self.sampler, RankingSampler)
+        lengths = (slices.target_end if is_ranking else slices.target_begin) - slices.history_begin
+        gathered = _Gathered(samples, histories, lengths, self.features, self.memory)
+        if is_ranking:
+            return _read_ranking(gathered, slices.target_end - slices.target_begin, self.features)
+        return _read_next_item(gathered, self.split)
 
     def _feature_ids(self, read: _Read, *, hashed: bool) -> dict[str, Integers]:
         """Ids of the features that are looked up in sharded tables, or of the others: [T] of events, [B] of users."""
@@ -116,7 +122,9 @@ class Collator:
             bags["candidate"] = (ids, np.concatenate([[len(ids)], np.zeros_like(lengths[1:])]))
         values, bag_lengths = zip(*bags.values(), strict=True)
         # One bag needs no copy.
-        joined = values[0] if len(values) == 1 else np.concatenate(values)
+        joined = values[0]
+        if len(values) > 1:
+            joined = np.concatenate(values, out=self.memory.empty(sum(map(len, values))))
         return KeyedJaggedTensor.from_lengths_sync(list(bags), _tensor(joined), _tensor(np.concatenate(bag_lengths)))
 
     def _candidate_ids(self, step: Step, candidates: Candidates) -> Integers:
@@ -157,10 +165,12 @@ class _Gathered:
         histories: Mapping[int, Histories],
         lengths: Integers,
         features: Mapping[str, FeatureConfig],
+        memory: Memory,
     ) -> None:
         """`lengths` [S] events of each sample, from its history_begin on; samples stand in the order of groups."""
         of_users = [name for name, feature in features.items() if feature.role == "user"]
         self.columns = ["items", "timestamps", "actions", *(name for name in features if name not in of_users)]
+        self.lengths, self._memory = lengths, memory
         self._parts: list[tuple[Histories, Integers]] = []
         user_parts: dict[str, list[Integers]] = {name: [np.zeros(0, np.int64)] for name in of_users}
         for group, begin, end in _runs(samples.groups):
@@ -175,7 +185,7 @@ class _Gathered:
 
     def column(self, name: str, *, shift: int = 0) -> Integers:
         """The values of a column, or those of the events `shift` places later."""
-        values = np.empty(sum(len(index) for _, index in self._parts), np.int64)
+        values = self._memory.empty(sum(len(index) for _, index in self._parts))
         end = 0
         for source, index in self._parts:
             begin, end = end, end + len(index)
@@ -183,27 +193,24 @@ class _Gathered:
             np.take(source.events[name][shift:], index, out=values[begin:end], mode="clip")
         return values
 
-    def keep(self, is_kept: npt.NDArray[np.bool_]) -> None:
-        """Forget the other events."""
-        ends = np.cumsum([len(index) for _, index in self._parts])[:-1]
-        masks = np.split(is_kept, ends)
+    def keep(self, is_kept: npt.NDArray[np.bool_]) -> Integers:
+        """Forget the other events; returns the new lengths of the samples, none of which loses all."""
+        masks = np.split(is_kept, np.cumsum([len(index) for _, index in self._parts])[:-1])
         self._parts = [(source, index[mask]) for (source, index), mask in zip(self._parts, masks, strict=True)]
+        self.lengths = np.add.reduceat(is_kept, np.cumsum(self.lengths) - self.lengths, dtype=np.int64)
+        return self.lengths
 
 
-def _read_ranking(samples: Samples, histories: Mapping[int, Histories], features: Mapping[str, FeatureConfig]) -> _Read:
+def _read_ranking(gathered: _Gathered, num_targets: Integers, features: Mapping[str, FeatureConfig]) -> _Read:
     """The targets without what came of them, and before them the events that are earlier in time."""
-    lengths = samples.slices.target_end - samples.slices.history_begin
-    num_targets = samples.slices.target_end - samples.slices.target_begin
-    gathered = _Gathered(samples, histories, lengths, features)
-    times = gathered.column("timestamps")
+    lengths, times = gathered.lengths, gathered.column("timestamps")
     first_target = np.cumsum(lengths) - num_targets
     # Not the events of the target's own time: logs repeat a record under one timestamp, and the repetition in the
     # history would hand the model the label (in KuaiRand-Pure, one exposure in 26, nine in ten with equal clicks).
     is_read = times < np.repeat(times[first_target], lengths)
     is_read[_ranges(first_target, num_targets)] = True
     if not is_read.all():
-        gathered.keep(is_read)
-        lengths, times = np.add.reduceat(is_read, np.cumsum(lengths) - lengths, dtype=np.int64), times[is_read]
+        lengths, times = gathered.keep(is_read), times[is_read]
     events = {name: times if name == "timestamps" else gathered.column(name) for name in gathered.columns}
     targets = _ranges(np.cumsum(lengths) - num_targets, num_targets)
     labels = events["actions"][targets]
@@ -220,13 +227,9 @@ def _read_ranking(samples: Samples, histories: Mapping[int, Histories], features
     )
 
 
-def _read_next_item(
-    samples: Samples, histories: Mapping[int, Histories], features: Mapping[str, FeatureConfig], split: Split
-) -> _Read:
-    """All events but each sample's last are read; what is asked of each is its successor."""
-    lengths = samples.slices.target_begin - samples.slices.history_begin
-    gathered = _Gathered(samples, histories, lengths, features)
-    successors = gathered.column("items", shift=1)
+def _read_next_item(gathered: _Gathered, split: Split) -> _Read:
+    """Of each event that is read, what is asked is its successor."""
+    lengths, successors = gathered.lengths, gathered.column("items", shift=1)
     return _Read(
         lengths=lengths,
         num_targets=np.zeros_like(lengths),

@@ -17,6 +17,7 @@ from .cost import CostModel
 from .deal import deal
 from .errors import UserError
 from .faults import Fault
+from .memory import Memory
 from .order import LoaderState, Order, Samples, Step, StepSize
 from .prefetch import Prefetcher
 from .reader import Histories, Reader
@@ -64,12 +65,19 @@ class Loader:
         self._config, self._pin_memory = config, pin_memory
         self._name = f"ultrarec-loader-{split}"
         self._running: weakref.WeakSet[Prefetcher[Batch]] = weakref.WeakSet()
+        storage, memory = Storage(config.path), Memory()
         self._reader = Reader(
-            load_dataset(config.path), config.features, storage=Storage(config.path), bad_data=config.bad_data
+            load_dataset(config.path), config.features, storage=storage, memory=memory, bad_data=config.bad_data
         )
         self._order = _order(config, sampler, split, self._reader, cost_model)
         self._collator = Collator(
-            sampler, split, config.features, candidates, file_begin=self._reader.file_begin, seed=config.seed
+            sampler,
+            split,
+            config.features,
+            candidates,
+            file_begin=self._reader.file_begin,
+            seed=config.seed,
+            memory=memory,
         )
         self._check(config.path, split)
 

@@ -22,6 +22,7 @@ from .config import FeatureConfig
 from .errors import UserError
 from .faults import Fault
 from .features import encode
+from .memory import Memory
 from .parquet import Damaged, ParquetFile
 from .samples import Integers, RowCounts, Sampler, Split
 from .schema import DatasetInfo
@@ -68,9 +69,10 @@ class Reader:
         features: Mapping[str, FeatureConfig],
         *,
         storage: Storage,
+        memory: Memory,
         bad_data: Literal["error", "skip"] = "error",
     ) -> None:
-        self._info, self._features, self._storage = info, dict(features), storage
+        self._info, self._features, self._storage, self._memory = info, dict(features), storage, memory
         self._fails = bad_data == "error"
         self._open = lru_cache(maxsize=OPEN_FILES)(self._open_file)
         self.faults: list[Fault] = []
@@ -150,11 +152,12 @@ class Reader:
         events: dict[str, Integers] = {}
         users: dict[str, Integers] = {}
         for name in EVENT_COLUMNS:
-            events[name] = _numbers(_whole(table[name]).flatten())[0].astype(np.int64, copy=False)
+            # Out of Arrow's memory, which the next row group is decoded into.
+            events[name] = self._memory.copy(_numbers(_whole(table[name]).flatten())[0])
         for name, feature in self._features.items():
             column = _whole(table[name])
             ids = encode(feature, *_numbers(column.flatten() if name in lists else column))
-            (users if feature.role == "user" else events)[name] = ids
+            (users if feature.role == "user" else events)[name] = self._memory.copy(ids)
         return events, users
 
     def _counts(self, group: int) -> tuple[RowCounts, list[Fault]]:
