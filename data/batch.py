@@ -16,6 +16,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from .faults import SkippedSample
 from .order import LoaderState
 
 
@@ -52,6 +53,8 @@ class Batch(Pipelineable):
     epoch: int
     samples: Tensor
     """[S, 3] (file, row in the file, sample of the row) of each real sample; stays on the CPU, for the audit."""
+    skipped: tuple[SkippedSample, ...]
+    """Samples of this rank in this step that `data.bad_data="skip"` left out; `num_labels` counts their labels."""
     state: LoaderState
     """Where to resume once this batch has been trained."""
 

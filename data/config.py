@@ -57,22 +57,32 @@ class DataConfig(BaseModel):
     """Samples per step over all ranks together, so that a run on other machines trains on the same batches."""
     batch_tokens: int | None = Field(default=None, gt=0)
     """Instead of `batch_rows`: events per step over all ranks together."""
+    batch_cost: float | None = Field(default=None, gt=0)
+    """Instead of `batch_rows`: what a step may cost over all ranks together, in tokens. A sample costs its tokens, and
+    for each pair of query and visible key the part of a token's work that the model spends on it."""
     evaluate_rows: int = Field(default=1024, gt=0)
     """Samples per evaluation batch over all ranks together."""
     seed: int = Field(default=0, ge=0)
     """Seed of the order of rows and of the sampled negatives."""
     shuffle_row_groups: int = Field(default=16, gt=0)
-    """Row groups whose rows are mixed; a rank holds this many in memory."""
+    """Row groups whose rows are mixed. Ranks share them: each decodes and holds those that its part of the steps comes
+    from, so that with fewer row groups than ranks several ranks read the same one."""
+    threads: int = Field(default=2, gt=0)
+    """Threads per rank that decode row groups and build batches."""
     prefetch: int = Field(default=4, gt=0)
-    """Batches prepared ahead in a background thread."""
+    """Batches that wait ready for training, beside those that the threads work on."""
+    bad_data: Literal["error", "skip"] = "error"
+    """Damaged row groups, and rows that break a rule: end the run with their place, or leave them out, count them in
+    the metrics and list them in `OUT/skipped/`."""
     audit: bool = False
     """Write the rows of every finished step to `OUT/audit/rank-R.jsonl`."""
 
     @model_validator(mode="after")
     def _one_batch_size(self) -> DataConfig:
-        if (self.batch_rows is None) == (self.batch_tokens is None):
+        sizes = {name: getattr(self, name) for name in ("batch_rows", "batch_tokens", "batch_cost")}
+        if sum(size is not None for size in sizes.values()) != 1:
             raise ValueError(
-                f"data.batch_rows={self.batch_rows} and data.batch_tokens={self.batch_tokens}: "
-                "exactly one of them sizes a step; set one and remove the other"
+                ", ".join(f"data.{name}={size}" for name, size in sizes.items())
+                + ": exactly one of them sizes a step; set one and remove the others"
             )
         return self

@@ -1,33 +1,46 @@
-"""The batches of one rank, prepared ahead in a background thread."""
+"""The batches of one rank, prepared ahead in background threads."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .batch import Batch
 from .collate import Collator
 from .config import DataConfig
+from .cost import CostModel
+from .deal import deal
 from .errors import UserError
-from .order import LoaderState, Order, Step, StepSize, deal
+from .faults import Fault
+from .memory import Memory
+from .order import LoaderState, Order, Samples, Step, StepSize
 from .prefetch import Prefetcher
 from .reader import Histories, Reader
 from .samples import Candidates, NextItemSampler, RankingSampler, Sampler, Split
-from .schema import DatasetInfo
+from .storage import Storage, load_dataset
 
-__all__ = ["Candidates", "Loader", "LoaderState", "NextItemSampler", "RankingSampler", "Sampler", "Split"]
+__all__ = ["Candidates", "CostModel", "Loader", "LoaderState", "NextItemSampler", "RankingSampler", "Sampler", "Split"]
 
 _BEGINNING = LoaderState()
+_TOKENS = CostModel()
+_PLANNED = 32
+"""Steps that are dealt before they are due: row groups of the next window are decoded one per step meanwhile, not all
+when it begins, which would make the step that begins it wait."""
 
 
 class Loader:
     """One rank's batches of a split, from `state` to the end of epoch number `epochs` - 1 (None: without end).
 
     All ranks together read each sample of an epoch exactly once, in the same steps on every world size, and every
-    rank takes part in every step. Training is shuffled and sized by `batch_rows` or `batch_tokens`; validation and
-    test keep the order of the dataset and take `evaluate_rows`. Each `iter()` begins at `state` again.
+    rank takes part in every step. Training is shuffled and sized by `batch_rows`, `batch_tokens` or `batch_cost`;
+    validation and test have a fixed order and take `evaluate_rows`. A step is dealt to the ranks by `cost_model`. Each
+    `iter()` begins at `state` again. A rank decodes its share of the row groups, in `threads` threads, and holds that
+    of one window, and of the next as far as it is due.
 
     Raises UserError for a dataset or features that cannot be read, a split without samples to train on, and a state
     beyond the epoch's end.
@@ -45,16 +58,26 @@ class Loader:
         state: LoaderState = _BEGINNING,
         pin_memory: bool = False,
         candidates: Candidates | None = None,
+        cost_model: CostModel = _TOKENS,
     ) -> None:
         self._rank, self._world_size = rank, world_size
         self._epochs, self._state = epochs, state
-        self._pin_memory, self._prefetch = pin_memory, config.prefetch
+        self._config, self._pin_memory = config, pin_memory
         self._name = f"ultrarec-loader-{split}"
         self._running: weakref.WeakSet[Prefetcher[Batch]] = weakref.WeakSet()
-        self._reader = Reader(DatasetInfo.load(config.path), config.features)
-        self._order = _order(config, sampler, split, self._reader)
+        storage, memory = Storage(config.path), Memory()
+        self._reader = Reader(
+            load_dataset(config.path), config.features, storage=storage, memory=memory, bad_data=config.bad_data
+        )
+        self._order = _order(config, sampler, split, self._reader, cost_model)
         self._collator = Collator(
-            sampler, split, config.features, candidates, file_begin=self._reader.file_begin, seed=config.seed
+            sampler,
+            split,
+            config.features,
+            candidates,
+            file_begin=self._reader.file_begin,
+            seed=config.seed,
+            memory=memory,
         )
         self._check(config.path, split)
 
@@ -63,12 +86,17 @@ class Loader:
         """Samples of an epoch over all ranks."""
         return self._order.num_samples
 
+    @property
+    def faults(self) -> list[Fault]:
+        """What opening the dataset found damaged, and left out; the same on every rank."""
+        return self._reader.faults
+
     def steps_per_epoch(self, epoch: int) -> int:
-        """Steps of a whole epoch; with `batch_tokens` they depend on the epoch's order, and are counted."""
+        """Steps of a whole epoch; unless sized by `batch_rows` they depend on the epoch's order, and are counted."""
         return self._order.num_steps(epoch)
 
     def __iter__(self) -> Iterator[Batch]:
-        ahead = Prefetcher(self._batches(), self._prefetch, self._name)
+        ahead = Prefetcher(self._batches(), self._config.prefetch, self._name)
         self._running.add(ahead)
         return ahead
 
@@ -77,25 +105,56 @@ class Loader:
         for ahead in list(self._running):
             ahead.close()
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
+        """The batches, as many of them in work as there are threads to work on them."""
+        pool = ThreadPoolExecutor(self._config.threads, thread_name_prefix=f"{self._name}-worker")
+        shelf = _Shelf(self._reader, pool)
+        planned, in_work = deque[_Share](), deque[tuple[_Share, "Future[Batch]"]]()
+        plan = self._plan()
+        try:
+            while True:
+                for share in plan:
+                    planned.append(share)
+                    shelf.expect(share)
+                    if len(planned) == _PLANNED:
+                        break
+                if planned:
+                    share = planned.popleft()
+                    in_work.append((share, pool.submit(self._batch, share, shelf.groups_of(share))))
+                    shelf.decode_next()
+                if not in_work:
+                    return
+                if len(in_work) > self._config.threads or not planned:
+                    share, batch = in_work.popleft()
+                    yield batch.result()
+                    shelf.forget_before(share)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _plan(self) -> Iterator[_Share]:
         epoch, consumed = self._state.epoch, self._state.consumed
         while self.num_samples and (self._epochs is None or epoch < self._epochs):
-            groups = self._order.windows(epoch)
-            windows: dict[int, Histories] = {}
             for step in self._order.steps(epoch, consumed):
-                first, last = int(step.samples.windows[0]), int(step.samples.windows[-1])
-                for window in [window for window in windows if window < first]:
-                    del windows[window]
-                for window in range(first, last + 1):
-                    if window not in windows:
-                        windows[window] = self._reader.read(groups[window])
-                yield self._batch(step, windows)
+                yield self._share(step)
             epoch, consumed = epoch + 1, 0
 
-    def _batch(self, step: Step, windows: dict[int, Histories]) -> Batch:
-        ranks = deal(self._order.sampler.num_tokens(step.samples.slices), self._world_size)
-        mine = step.samples.take(np.flatnonzero(ranks == self._rank))
-        batch = self._collator.batch(step, mine, windows)
+    def _share(self, step: Step) -> _Share:
+        samples = step.samples
+        ranks = deal(samples.places, samples.costs, self._world_size)
+        mine = np.flatnonzero(ranks == self._rank)
+        by_group = np.lexsort((samples.groups[mine], samples.windows[mine]))
+        return _Share(
+            # Without the samples of all ranks: many steps are planned ahead.
+            step=replace(step, samples=samples.take(slice(0))),
+            first_window=int(samples.windows[0]),
+            num_labels=self._order.sampler.num_labels(samples.slices, self._order.split),
+            samples=samples.take(mine[by_group]),
+        )
+
+    def _batch(self, share: _Share, groups: dict[int, Future[Histories]]) -> Batch:
+        # The pool takes tasks in the order of their submission, so none of these waits for a task behind this one.
+        histories = {group: decoded.result() for group, decoded in groups.items()}
+        batch = self._collator.batch(share.step, share.num_labels, share.samples, histories)
         return batch.pin_memory() if self._pin_memory else batch
 
     def _check(self, path: str, split: Split) -> None:
@@ -111,16 +170,84 @@ class Loader:
             )
 
 
-def _order(config: DataConfig, sampler: Sampler, split: Split, reader: Reader) -> Order:
+@dataclass(frozen=True)
+class _Share:
+    """What this rank does in a step."""
+
+    step: Step
+    first_window: int
+    """The oldest window that any rank reads in this step."""
+    num_labels: int
+    """Of all ranks."""
+    samples: Samples
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """(epoch, window), which grows from step to step."""
+        return self.step.epoch, self.first_window
+
+
+class _Shelf:
+    """Row groups that this rank will need, is decoding, or holds until their window is over."""
+
+    def __init__(self, reader: Reader, pool: ThreadPoolExecutor) -> None:
+        self._reader, self._pool = reader, pool
+        self._expected: dict[tuple[int, int, int], None] = {}
+        self._decoded: dict[tuple[int, int, int], Future[Histories]] = {}
+
+    def expect(self, share: _Share) -> None:
+        """The row groups of a step that will come."""
+        for key in self._keys(share):
+            if key not in self._decoded:
+                self._expected.setdefault(key)
+
+    def decode_next(self) -> None:
+        """Begin with the row group that is expected first."""
+        if self._expected:
+            self._decode(next(iter(self._expected)))
+
+    def groups_of(self, share: _Share) -> dict[int, Future[Histories]]:
+        """The row groups of a step that is due; begins with those that have not been begun."""
+        for key in self._keys(share):
+            if key not in self._decoded:
+                self._decode(key)
+        return {key[2]: self._decoded[key] for key in self._keys(share)}
+
+    def forget_before(self, share: _Share) -> None:
+        """Drop the row groups of windows that are over when this step is done."""
+        for key in [key for key in self._decoded if key[:2] < share.window]:
+            del self._decoded[key]
+
+    def _decode(self, key: tuple[int, int, int]) -> None:
+        self._expected.pop(key, None)
+        self._decoded[key] = self._pool.submit(self._reader.read, key[2])
+
+    def _keys(self, share: _Share) -> list[tuple[int, int, int]]:
+        """(epoch, window, row group) of every row group of a step."""
+        pairs = np.unique(np.stack([share.samples.windows, share.samples.groups]), axis=1).T.tolist()
+        return [(share.step.epoch, window, group) for window, group in pairs]
+
+
+def _order(config: DataConfig, sampler: Sampler, split: Split, reader: Reader, cost_model: CostModel) -> Order:
     is_training = split == "train"
-    training_size = StepSize(config.batch_rows, config.batch_tokens)
     return Order(
-        counts=reader.counts,
+        counts_of=reader.counts_of,
         group_begin=reader.group_begin,
+        group_samples=reader.num_samples(sampler, split),
         sampler=sampler,
         split=split,
-        step_size=training_size if is_training else StepSize(config.evaluate_rows, None),
+        step_size=_training_size(config) if is_training else StepSize("rows", config.evaluate_rows),
+        cost_model=cost_model,
         shuffle=is_training,
-        groups_per_window=config.shuffle_row_groups if is_training else 1,
+        groups_per_window=config.shuffle_row_groups,
         seed=config.seed,
     )
+
+
+def _training_size(config: DataConfig) -> StepSize:
+    if config.batch_rows is not None:
+        return StepSize("rows", config.batch_rows)
+    if config.batch_tokens is not None:
+        return StepSize("tokens", config.batch_tokens)
+    assert config.batch_cost is not None
+    return StepSize("cost", config.batch_cost)

@@ -3,18 +3,26 @@
 An epoch is one global sequence of samples 0..n-1, cut into steps, each dealt to the ranks. Only the dealing knows the
 world size, so that a position in the sequence (`LoaderState`) can be resumed on any other.
 
+The sequence runs through windows of row groups. Within its window every row group is spread evenly: any stretch of the
+sequence takes of each row group its share. So a rank can read a few of the window's row groups and find in them its
+part of every step.
+
 Legend: R = rows, G = row groups, S = samples, W = windows (row groups whose samples are mixed).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from .samples import Integers, RowCounts, Sampler, Slices, Split
+from .cost import UNITS_PER_TOKEN, CostModel
+from .samples import Integers, Numbers, RowCounts, Sampler, Slices, Split
 
 _ROW_GROUPS, _SAMPLES = 0, 1
 
@@ -39,11 +47,20 @@ class LoaderState:
 
 @dataclass(frozen=True)
 class Samples:
-    """[S] each: the row (over all files), the sample of that row, the window it is read in, and its slices."""
+    """[S] each."""
 
     rows: Integers
+    """Number of the row, over all files."""
     numbers: Integers
+    """Which of the row's samples."""
+    groups: Integers
+    """The row group it is read from."""
     windows: Integers
+    """The window it is read in."""
+    places: Numbers
+    """Cost of what stands in the window before its row, in the order of the dataset, over the cost of the window."""
+    costs: Integers
+    """What it costs to train, as `CostModel` counts."""
     slices: Slices
 
     def __len__(self) -> int:
@@ -51,21 +68,14 @@ class Samples:
 
     def take(self, index: Integers | slice) -> Samples:
         """These of the samples."""
-        return Samples(self.rows[index], self.numbers[index], self.windows[index], self.slices.take(index))
+        columns = {field.name: getattr(self, field.name) for field in fields(self)[:-1]}
+        return Samples(**{name: column[index] for name, column in columns.items()}, slices=self.slices.take(index))
 
     def followed_by(self, other: Samples) -> Samples:
         """These samples, then the other's."""
-        mine, others = self.slices, other.slices
-        return Samples(
-            np.concatenate([self.rows, other.rows]),
-            np.concatenate([self.numbers, other.numbers]),
-            np.concatenate([self.windows, other.windows]),
-            Slices(
-                np.concatenate([mine.history_begin, others.history_begin]),
-                np.concatenate([mine.target_begin, others.target_begin]),
-                np.concatenate([mine.target_end, others.target_end]),
-            ),
-        )
+        pairs = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)[:-1]}
+        columns = {name: np.concatenate(pair) for name, pair in pairs.items()}
+        return Samples(**columns, slices=self.slices.followed_by(other.slices))
 
 
 @dataclass(frozen=True)
@@ -82,72 +92,79 @@ class Step:
 
 @dataclass(frozen=True)
 class StepSize:
-    """Either `rows` samples per step, or as many as have at most `tokens` events together, but at least one."""
+    """As many samples per step as have at most `most` of what is measured, but at least one."""
 
-    rows: int | None
-    tokens: int | None
+    measure: Literal["rows", "tokens", "cost"]
+    most: float
+    """Samples; or events together; or cost together, in tokens."""
 
-    def ends(self, num_tokens: Integers, *, is_last: bool) -> list[int]:
+    def ends(self, sizes: Integers, *, is_last: bool) -> list[int]:
         """Where steps end in a run of samples; a step that samples after the run might extend is left out."""
-        if self.tokens is None:
-            ends = list(range(self.rows or 1, len(num_tokens) + 1, self.rows or 1))
+        if self.measure == "rows":
+            ends = list(range(int(self.most), len(sizes) + 1, int(self.most)))
         else:
-            ends = _full_ends(np.cumsum(num_tokens), self.tokens)
-        rest = len(num_tokens) - (ends[-1] if ends else 0)
-        return [*ends, len(num_tokens)] if is_last and rest else ends
+            most = self.most * (UNITS_PER_TOKEN if self.measure == "cost" else 1)
+            ends = _full_ends(np.cumsum(sizes), int(most))
+        rest = len(sizes) - (ends[-1] if ends else 0)
+        return [*ends, len(sizes)] if is_last and rest else ends
 
 
-def _full_ends(total_tokens: Integers, budget: int) -> list[int]:
+def _full_ends(total_sizes: Integers, budget: int) -> list[int]:
     """Ends of the steps, each as long as the budget allows, that are followed by at least one sample."""
     ends: list[int] = []
     begin, used = 0, 0
-    while begin < len(total_tokens):
-        begin = max(int(np.searchsorted(total_tokens, used + budget, side="right")), begin + 1)
-        used = int(total_tokens[begin - 1])
+    while begin < len(total_sizes):
+        begin = max(int(np.searchsorted(total_sizes, used + budget, side="right")), begin + 1)
+        used = int(total_sizes[begin - 1])
         ends.append(begin)
     return ends[:-1]
 
 
-def deal(num_tokens: Integers, world_size: int) -> Integers:
-    """[S] the rank of each sample of a step.
+@dataclass(frozen=True)
+class _Window:
+    """The sequence of one window; what belongs to rows is kept once per row, as a row may give very many samples."""
 
-    Longest first, to the ranks there and back, so that all get as many samples (give or take one) of about as many
-    events: the slowest rank sets the pace of a step.
-    """
-    place = np.empty(len(num_tokens), np.int64)
-    place[np.argsort(-num_tokens, kind="stable")] = np.arange(len(num_tokens))
-    lap, seat = np.divmod(place, world_size)
-    return np.where(lap % 2 == 0, seat, world_size - 1 - seat)
+    number: int
+    rows: Integers
+    """[R], like the next three."""
+    groups: Integers
+    counts: RowCounts
+    places: Numbers
+    index: npt.NDArray[np.int32]
+    """[S], like the next three: which of the rows."""
+    numbers: npt.NDArray[np.int32]
+    costs: Integers
+    sizes: Integers
+    """What the size of a step is measured by."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
     """The sequence of samples of every epoch, drawn window by window, so that no epoch is ever held as a whole."""
 
-    counts: RowCounts
+    counts_of: Callable[[Integers], RowCounts]
+    """The counts of all rows of these row groups, which are ascending; reads them, or has them."""
     group_begin: Integers
     """[G+1] first row of each row group, over all files."""
+    group_samples: Integers
+    """[G] samples of each row group."""
     sampler: Sampler
     split: Split
     step_size: StepSize
+    cost_model: CostModel
     shuffle: bool
-    """Mix row groups, and samples inside windows; else the order of the dataset."""
+    """Mix row groups, and the samples of each; else both keep the order of the dataset."""
     groups_per_window: int
     seed: int
 
     @cached_property
     def num_samples(self) -> int:
         """Samples of an epoch."""
-        return int(self._samples_of_groups.sum())
-
-    @cached_property
-    def _samples_of_groups(self) -> Integers:
-        until = np.concatenate([[0], np.cumsum(self.sampler.num_samples(self.counts, self.split))])
-        return np.diff(until[self.group_begin])
+        return int(self.group_samples.sum())
 
     def windows(self, epoch: int) -> list[Integers]:
         """The row groups of each window, in ascending order within one; over all windows each occurs exactly once."""
-        groups = np.arange(len(self.group_begin) - 1)
+        groups = np.arange(len(self.group_samples))
         if self.shuffle:
             groups = np.random.default_rng((self.seed, epoch, _ROW_GROUPS)).permutation(groups)
         starts = range(0, len(groups), self.groups_per_window)
@@ -156,25 +173,30 @@ class Order:
     def steps(self, epoch: int, consumed: int = 0) -> Iterator[Step]:
         """The steps of an epoch after its first `consumed` samples; together they hold each other sample once."""
         windows = self.windows(epoch)
-        ends = np.cumsum([self._samples_of_groups[groups].sum() for groups in windows])
-        first_window = int(np.searchsorted(ends, consumed, side="right"))
-        skipped = consumed - (int(ends[first_window - 1]) if first_window else 0)
-        pending: Samples | None = None
-        for window in range(first_window, len(windows)):
-            samples = self._samples(epoch, window, windows[window])
-            pending = samples.take(slice(skipped, None)) if pending is None else pending.followed_by(samples)
-            begin = 0
-            is_last = window == len(windows) - 1
-            for end in self.step_size.ends(self.sampler.num_tokens(pending.slices), is_last=is_last):
-                yield self._step(epoch, consumed, pending.take(slice(begin, end)))
+        ends = np.cumsum([self.group_samples[groups].sum() for groups in windows])
+        first = int(np.searchsorted(ends, consumed, side="right"))
+        skipped = consumed - (int(ends[first - 1]) if first else 0)
+        pending, pending_sizes = _NO_SAMPLES, np.zeros(0, np.int64)
+        for number in range(first, len(windows)):
+            window = self._window(epoch, number, windows[number])
+            sizes = np.concatenate([pending_sizes, window.sizes[skipped:]])
+            ends_of_steps = self.step_size.ends(sizes, is_last=number == len(windows) - 1)
+            # In the window's own numbers; what is pending stands before it, at the numbers below `skipped`.
+            shift = skipped - len(pending)
+            for begin, end in itertools.pairwise([0, *ends_of_steps]):
+                samples = self._samples(window, max(begin + shift, skipped), end + shift)
+                samples = pending.take(slice(begin, end)).followed_by(samples) if begin < len(pending) else samples
+                yield self._step(epoch, consumed, samples)
                 consumed += end - begin
-                begin = end
-            pending = pending.take(slice(begin, None))
+            done = ends_of_steps[-1] if ends_of_steps else 0
+            rest = self._samples(window, max(done + shift, skipped), len(window.index))
+            pending, pending_sizes = pending.take(slice(done, None)).followed_by(rest), sizes[done:]
+            skipped = 0
 
     def num_steps(self, epoch: int) -> int:
         """Steps of a whole epoch."""
-        if self.step_size.rows is not None:
-            return -(-self.num_samples // self.step_size.rows)
+        if self.step_size.measure == "rows":
+            return -(-self.num_samples // int(self.step_size.most))
         return sum(1 for _ in self.steps(epoch))
 
     def _step(self, epoch: int, first_sample: int, samples: Samples) -> Step:
@@ -182,14 +204,78 @@ class Order:
         state = LoaderState(epoch, after) if after < self.num_samples else LoaderState(epoch + 1, 0)
         return Step(epoch, first_sample, samples, state)
 
-    def _samples(self, epoch: int, window: int, groups: Integers) -> Samples:
-        """All samples of a window, mixed if this order shuffles."""
-        rows = np.concatenate([np.arange(self.group_begin[group], self.group_begin[group + 1]) for group in groups])
-        num_samples = self.sampler.num_samples(self.counts.take(rows), self.split)
-        rows = np.repeat(rows, num_samples)
-        numbers = np.arange(len(rows)) - np.repeat(np.cumsum(num_samples) - num_samples, num_samples)
-        if self.shuffle:
-            mixed = np.random.default_rng((self.seed, epoch, _SAMPLES, window)).permutation(len(rows))
-            rows, numbers = rows[mixed], numbers[mixed]
-        slices = self.sampler.slices(self.counts.take(rows), numbers, self.split)
-        return Samples(rows, numbers, np.full(len(rows), window), slices)
+    def _window(self, epoch: int, number: int, groups: Integers) -> _Window:
+        """The rows of a window, and the sequence of all their samples."""
+        num_rows = self.group_begin[groups + 1] - self.group_begin[groups]
+        counts = self.counts_of(groups)
+        num_samples = self.sampler.num_samples(counts, self.split)
+        random = np.random.default_rng((self.seed, epoch, _SAMPLES, number)) if self.shuffle else None
+        begin = np.cumsum(num_rows) - num_rows
+        parts = [
+            self._part(np.arange(first, first + many), counts, num_samples, random)
+            for first, many in zip(begin.tolist(), num_rows.tolist(), strict=True)
+        ]
+        index, numbers, tokens, costs, positions = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        order = np.argsort(positions, kind="stable")
+        until = np.concatenate([[0], np.cumsum(costs)])
+        sizes = {"rows": np.ones_like(costs), "tokens": tokens, "cost": costs}[self.step_size.measure]
+        return _Window(
+            number=number,
+            rows=np.arange(num_rows.sum()) + np.repeat(self.group_begin[groups] - begin, num_rows),
+            groups=np.repeat(groups, num_rows),
+            counts=counts,
+            places=until[np.cumsum(num_samples) - num_samples] / max(int(until[-1]), 1),
+            index=index[order],
+            numbers=numbers[order],
+            costs=costs[order],
+            sizes=sizes[order],
+        )
+
+    def _part(
+        self, rows: Integers, counts: RowCounts, num_samples: Integers, random: np.random.Generator | None
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Integers, Integers, Numbers]:
+        """[S] each of one row group: index of the row, number, tokens, cost, and the position in 0..1 of its window."""
+        index = np.repeat(rows, num_samples[rows])
+        numbers = np.arange(len(index)) - np.repeat(np.cumsum(num_samples[rows]) - num_samples[rows], num_samples[rows])
+        slices = self.sampler.slices(counts.take(index), numbers, self.split)
+        tokens, targets = self.sampler.num_tokens(slices), self.sampler.num_targets(slices)
+        costs = self.cost_model.units(tokens - targets, targets)
+        positions = (np.arange(len(index)) + 0.5) / max(len(index), 1) if random is None else _spread(costs, random)
+        return index.astype(np.int32), numbers.astype(np.int32), tokens, costs, positions
+
+    def _samples(self, window: _Window, begin: int, end: int) -> Samples:
+        """Samples `begin` to `end` of the window's sequence."""
+        index, numbers = (column[begin:end].astype(np.int64) for column in (window.index, window.numbers))
+        return Samples(
+            rows=window.rows[index],
+            numbers=numbers,
+            groups=window.groups[index],
+            windows=np.full(len(index), window.number),
+            places=window.places[index],
+            costs=window.costs[begin:end],
+            slices=self.sampler.slices(window.counts.take(index), numbers, self.split),
+        )
+
+
+_NONE = np.zeros(0, np.int64)
+_NO_SAMPLES = Samples(_NONE, _NONE, _NONE, _NONE, np.zeros(0), _NONE, Slices(_NONE, _NONE, _NONE))
+
+
+def _spread(costs: Integers, random: np.random.Generator) -> Numbers:
+    """[S] random positions in 0..1, such that any stretch holds its share of the samples of any range of cost.
+
+    In the order of their cost, the samples get the points of a van der Corput sequence whose digits are scrambled by
+    nesting (Owen 1995): every 2**k successive ones lie in different stretches of 2**-k. A plain shuffle would leave the
+    costs of steps, and of row groups in a step, as uneven as chance does, and ranks would have to fetch from far away
+    what evens them out.
+    """
+    position = np.empty(len(costs))
+    index = np.arange(len(costs))
+    levels = max(len(costs) - 1, 0).bit_length()
+    points = random.random(len(costs)) * 0.5**levels
+    for level in range(levels):
+        flips = random.integers(0, 2, 2**level)
+        points += ((index >> level & 1) ^ flips[index & (2**level - 1)]) * 0.5 ** (level + 1)
+    by_cost = np.lexsort((random.random(len(costs)), costs))
+    position[by_cost] = points
+    return position

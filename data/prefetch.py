@@ -5,7 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -49,13 +50,13 @@ class _Channel(Generic[T]):
 
 
 class Prefetcher(Iterator[T], Generic[T]):
-    """The items of `source`, at most `depth` of them drawn ahead by a thread.
+    """The items of `source`, at most `depth` of them drawn ahead by a thread, which closes the source in the end.
 
     An error in the source is raised where its item would have come. The thread ends with the source, on `close`, and
     when the prefetcher is garbage collected or the interpreter exits: it holds no reference to the prefetcher.
     """
 
-    def __init__(self, source: Iterator[T], depth: int, name: str) -> None:
+    def __init__(self, source: Generator[T, None, None], depth: int, name: str) -> None:
         self._channel: _Channel[T] = _Channel(depth)
         thread = threading.Thread(target=_fill, args=(source, self._channel), name=name, daemon=True)
         thread.start()
@@ -82,12 +83,13 @@ def _finish(channel: _Channel[T], thread: threading.Thread) -> None:
     thread.join()
 
 
-def _fill(source: Iterator[T], channel: _Channel[T]) -> None:
+def _fill(source: Generator[T, None, None], channel: _Channel[T]) -> None:
     error: BaseException | None = None
     try:
-        for item in source:
-            if not channel.put(item):
-                break
+        with closing(source):
+            for item in source:
+                if not channel.put(item):
+                    break
     except BaseException as raised:  # whatever it is, the consumer waits for it
         error = raised
     channel.end(error)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 Split = Literal["train", "validation", "test"]
 Integers = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.float64]
 
 # Kept apart from the streams that order.py draws from the same seed and epoch.
 _NEGATIVES = 2
@@ -52,6 +53,14 @@ class Slices:
         """The slices of these samples."""
         return Slices(self.history_begin[index], self.target_begin[index], self.target_end[index])
 
+    def followed_by(self, other: Slices) -> Slices:
+        """These slices, then the other's."""
+        return Slices(
+            np.concatenate([self.history_begin, other.history_begin]),
+            np.concatenate([self.target_begin, other.target_begin]),
+            np.concatenate([self.target_end, other.target_end]),
+        )
+
 
 @dataclass(frozen=True)
 class RankingSampler:
@@ -77,6 +86,10 @@ class RankingSampler:
         target_begin = begin + numbers * self._targets(split)
         target_end = np.minimum(target_begin + self._targets(split), end)
         return Slices(np.maximum(target_begin - self.max_history, 0), target_begin, target_end)
+
+    def num_targets(self, slices: Slices) -> Integers:
+        """[S] targets that the model reads."""
+        return slices.target_end - slices.target_begin
 
     def num_tokens(self, slices: Slices) -> Integers:
         """[S] events that the model reads, history and targets; an upper bound where timestamps tie."""
@@ -113,6 +126,10 @@ class NextItemSampler:
         begin, end = counts.range_of(split)
         target_begin = end - 1 if split == "train" else np.maximum(begin, 1) + numbers
         return Slices(np.maximum(target_begin - self.max_history, 0), target_begin, target_begin + 1)
+
+    def num_targets(self, slices: Slices) -> Integers:
+        """[S] targets that the model reads: none, it predicts them from the history alone."""
+        return np.zeros_like(slices.target_end)
 
     def num_tokens(self, slices: Slices) -> Integers:
         """[S] events that the model reads: the history."""

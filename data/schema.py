@@ -178,7 +178,11 @@ class DatasetInfo:
         Raises UserError when the folder is missing, is not a prepared dataset, or was written by a newer version.
         """
         root = Path(dir_path)
-        raw = _read_json(root)
+        return cls.parse(_read_json(root), root)
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], root: Path) -> "DatasetInfo":
+        """What the content of a `dataset.json` says of the dataset in `root`. Raises UserError as `load` does."""
         version = raw.get("schema_version")
         if not isinstance(version, int) or version < 1:
             raise UserError(f"{root / DATASET_FILE}: schema_version={version!r} is not a version; prepare it again")

@@ -4,30 +4,45 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ultrarec.data.order import LoaderState, Order, StepSize, deal
+from ultrarec.data.cost import CostModel
+from ultrarec.data.order import LoaderState, Order, StepSize
 from ultrarec.data.samples import NextItemSampler, RankingSampler, RowCounts
 
-BY_ROWS = StepSize(rows=7, tokens=None)
-BY_TOKENS = StepSize(rows=None, tokens=40)
+BY_ROWS, BY_TOKENS, BY_COST = StepSize("rows", 7), StepSize("tokens", 40), StepSize("cost", 60)
+SIZES = [BY_ROWS, BY_TOKENS, BY_COST]
 
 
-def order(*, step_size=BY_ROWS, shuffle=True, seed=0, sampler=None, split="train", groups_per_window=3):
+GROUP_BEGIN = np.array([0, 9, 10, 18, 25, 30, 36, 41, 50, 55, 60])
+
+
+def row_counts():
     """60 rows in row groups of 1..9 rows; some rows and one row group have no events."""
     random = np.random.default_rng(5)
     num_events = random.integers(0, 12, 60).astype(np.int32)
     num_train = random.binomial(num_events, 0.7).astype(np.int32)
-    group_begin = np.array([0, 9, 10, 18, 25, 30, 36, 41, 50, 55, 60])
     num_events[10:18] = num_train[10:18] = 0
+    return RowCounts(num_events, num_train, np.minimum(num_events - num_train, 1).astype(np.int32))
+
+
+def order_of(counts, group_begin, *, sampler, split="train", step_size=BY_ROWS, cost_model=None, **options):
+    """An order over rows whose counts are at hand."""
+    until = np.concatenate([[0], np.cumsum(sampler.num_samples(counts, split))])
     return Order(
-        counts=RowCounts(num_events, num_train, np.minimum(num_events - num_train, 1).astype(np.int32)),
+        counts_of=lambda groups: counts.take(
+            np.concatenate([np.arange(group_begin[group], group_begin[group + 1]) for group in groups])
+        ),
         group_begin=group_begin,
-        sampler=sampler or RankingSampler(5, 2),
+        group_samples=np.diff(until[group_begin]),
+        sampler=sampler,
         split=split,
         step_size=step_size,
-        shuffle=shuffle,
-        groups_per_window=groups_per_window,
-        seed=seed,
+        cost_model=cost_model or CostModel(pair=0.1),
+        **{"shuffle": True, "seed": 0, "groups_per_window": 3, **options},
     )
+
+
+def order(*, sampler=None, **options):
+    return order_of(row_counts(), GROUP_BEGIN, sampler=sampler or RankingSampler(5, 2), **options)
 
 
 def pairs(samples):
@@ -39,11 +54,11 @@ def sequence(order, epoch=0, consumed=0):
 
 
 def every_sample(order):
-    num_samples = order.sampler.num_samples(order.counts, order.split)
+    num_samples = order.sampler.num_samples(row_counts(), order.split)
     return [(row, number) for row, many in enumerate(num_samples.tolist()) for number in range(many)]
 
 
-@pytest.mark.parametrize("step_size", [BY_ROWS, BY_TOKENS])
+@pytest.mark.parametrize("step_size", SIZES)
 @pytest.mark.parametrize("sampler", [RankingSampler(5, 2), NextItemSampler(5)])
 @pytest.mark.parametrize("groups_per_window", [1, 3, 99])
 def test_an_epoch_holds_each_sample_exactly_once(step_size, sampler, groups_per_window):
@@ -76,9 +91,13 @@ def test_samples_of_different_rows_are_mixed_inside_a_window():
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_without_shuffling_the_order_is_that_of_the_dataset(split):
+def test_without_shuffling_each_row_group_keeps_the_order_of_the_dataset(split):
     plain = order(shuffle=False, split=split)
-    assert sequence(plain) == every_sample(plain)
+    read = [
+        pair for step in plain.steps(0) for pair in zip(step.samples.groups.tolist(), pairs(step.samples), strict=True)
+    ]
+    assert [pair for _, pair in sorted(read, key=lambda found: found[0])] == every_sample(plain)
+    assert sequence(plain, epoch=3) == sequence(plain, epoch=0)
 
 
 def test_a_step_has_as_many_samples_as_asked_for_and_the_last_the_rest():
@@ -95,17 +114,17 @@ def test_a_step_holds_as_many_samples_as_its_tokens_allow():
 
 
 def test_a_sample_longer_than_the_tokens_of_a_step_is_a_step_of_its_own():
-    tiny = order(step_size=StepSize(rows=None, tokens=1))
+    tiny = order(step_size=StepSize("tokens", 1))
     assert {len(step.samples) for step in tiny.steps(0)} == {1}
     assert Counter(sequence(tiny)) == Counter(every_sample(tiny))
 
 
-@pytest.mark.parametrize("step_size", [BY_ROWS, BY_TOKENS, StepSize(rows=1000, tokens=None)])
+@pytest.mark.parametrize("step_size", [*SIZES, StepSize("rows", 1000)])
 def test_the_number_of_steps_is_known_beforehand(step_size):
     assert order(step_size=step_size).num_steps(3) == len(list(order(step_size=step_size).steps(3)))
 
 
-@pytest.mark.parametrize("step_size", [BY_ROWS, BY_TOKENS])
+@pytest.mark.parametrize("step_size", SIZES)
 def test_resuming_after_any_step_gives_the_steps_that_were_left(step_size):
     steps = list(order(step_size=step_size).steps(1))
     for done, step in enumerate(steps[:-1], start=1):
@@ -125,21 +144,30 @@ def test_the_last_step_of_an_epoch_leads_to_the_next():
     assert list(order().steps(1, order().num_samples)) == []
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-@pytest.mark.parametrize("num_samples", [0, 1, 5, 8, 61])
-def test_ranks_are_dealt_equally_many_samples(world_size, num_samples):
-    ranks = deal(np.random.default_rng(0).integers(1, 200, num_samples), world_size)
-    sizes = np.bincount(ranks, minlength=world_size)
-    assert len(sizes) == world_size
-    assert sizes.max() - sizes.min() <= 1
+def test_a_step_costs_as_much_as_its_budget_allows():
+    by_cost = order(step_size=BY_COST)
+    costs = [step.samples.costs for step in by_cost.steps(0)]
+    assert all(cost.sum() <= 60 * 1024 for cost in costs)
+    assert all(cost.sum() + after[0] > 60 * 1024 for cost, after in itertools.pairwise(costs))
 
 
-def test_ranks_are_dealt_about_equally_many_tokens():
-    num_tokens = np.random.default_rng(0).geometric(0.02, 512)
-    loads = np.bincount(deal(num_tokens, 8), num_tokens)
-    assert loads.max() / loads.mean() < 1.05
-    in_turn = np.bincount(np.arange(512) % 8, num_tokens)
-    assert loads.max() < in_turn.max()
+def long_order(**options):
+    """20,000 rows of very uneven lengths in 40 row groups."""
+    lengths = np.minimum(np.random.default_rng(0).zipf(1.3, 20_000) * 10, 4096).astype(np.int32)
+    counts = RowCounts(lengths, lengths, np.zeros_like(lengths))
+    return order_of(counts, np.arange(0, 20_001, 500), sampler=NextItemSampler(4096), groups_per_window=16, **options)
+
+
+def test_every_step_takes_its_share_of_every_row_group_of_the_window():
+    for step in itertools.islice(long_order(step_size=StepSize("rows", 400)).steps(0), 20):
+        taken = np.bincount(step.samples.groups)
+        assert taken[taken > 0].tolist() == pytest.approx([25] * 16, abs=3)
+
+
+def test_steps_of_equally_many_rows_cost_about_the_same():
+    costs = np.array([step.samples.costs.sum() for step in long_order(step_size=StepSize("rows", 400)).steps(0)])
+    # Drawn at random, they would vary by about a tenth.
+    assert costs.std() / costs.mean() < 0.03
 
 
 def test_a_state_survives_a_checkpoint():

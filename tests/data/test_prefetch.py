@@ -25,7 +25,7 @@ def failing():
 
 
 def test_items_arrive_complete_and_in_order():
-    assert list(Prefetcher(iter(range(100)), depth=3, name="all")) == list(range(100))
+    assert list(Prefetcher((number for number in range(100)), depth=3, name="all")) == list(range(100))
     assert threads("all") == []
 
 
@@ -91,7 +91,7 @@ def test_a_forgotten_iterator_ends_its_thread():
 def test_a_program_that_ends_in_the_middle_exits_cleanly():
     program = (
         "import itertools; from ultrarec.data.prefetch import Prefetcher\n"
-        "ahead = Prefetcher(itertools.count(), depth=2, name='x'); print(next(ahead))"
+        "ahead = Prefetcher((k for k in itertools.count()), depth=2, name='x'); print(next(ahead))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "0", "")

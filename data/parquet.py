@@ -1,0 +1,126 @@
+"""Parquet files, fetched and decoded apart: what fails to arrive is asked for again, what fails to decode is faulty."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .storage import Storage, StoredFile
+
+_TAIL = 1 << 16
+"""Bytes at the end of a file that are read at once: mostly the whole footer."""
+_SMALL_GAP = 1 << 16
+"""Columns nearer to each other than this are read in one request."""
+
+
+class Damaged(Exception):
+    """The bytes are here, and are not what was written."""
+
+    def __init__(self, problem: str, *, column: str | None = None) -> None:
+        super().__init__(problem)
+        self.problem, self.column = problem, column
+
+
+class ParquetFile:
+    """One file with its footer; any thread may read any row group."""
+
+    def __init__(self, storage: Storage, relative: str) -> None:
+        """Raises Damaged if the file has no readable footer, UserError if it is missing or the store fails."""
+        self._file = storage.open(relative)
+        try:
+            self.metadata = _footer(self._file)
+            self.schema: pa.Schema = self.metadata.schema.to_arrow_schema()
+        except (OSError, EOFError, pa.ArrowException) as error:
+            raise Damaged(f"not a whole Parquet file ({_first_line(error)})") from error
+
+    def read(self, group: int, columns: Sequence[str]) -> pa.Table:
+        """These columns of a row group. Raises Damaged, with the column, if one cannot be decoded."""
+        try:
+            return self._decode(group, columns)
+        except Damaged as damaged:
+            if len(columns) == 1:
+                raise Damaged(damaged.problem, column=columns[0]) from damaged
+        for column in columns:
+            self.read(group, [column])
+        raise Damaged("undecodable")
+
+    def _decode(self, group: int, columns: Sequence[str]) -> pa.Table:
+        try:
+            source = _Fetched(self._file, self._ranges(group, columns), f", row group {group}")
+            with pq.ParquetFile(
+                pa.PythonFile(source, mode="r"),
+                metadata=self.metadata,
+                pre_buffer=False,
+                page_checksum_verification=True,
+            ) as file:
+                return file.read_row_group(group, columns=list(columns), use_threads=False)
+        except (OSError, EOFError, pa.ArrowException) as error:
+            raise Damaged(_first_line(error)) from error
+
+    def _ranges(self, group: int, columns: Sequence[str]) -> list[tuple[int, int]]:
+        """[begin, end) of the bytes of these columns, neighbours joined."""
+        wanted, chunks = set(columns), self.metadata.row_group(group)
+        ranges: list[tuple[int, int]] = []
+        for begin, end in sorted(
+            _bytes_of(chunks.column(k))
+            for k in range(chunks.num_columns)
+            if chunks.column(k).path_in_schema.partition(".")[0] in wanted
+        ):
+            if ranges and begin - ranges[-1][1] <= _SMALL_GAP:
+                ranges[-1] = (ranges[-1][0], max(end, ranges[-1][1]))
+            else:
+                ranges.append((begin, end))
+        return ranges
+
+
+def _bytes_of(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
+    begin = chunk.data_page_offset
+    if chunk.has_dictionary_page and chunk.dictionary_page_offset:
+        begin = min(begin, chunk.dictionary_page_offset)
+    return begin, begin + chunk.total_compressed_size
+
+
+def _footer(file: StoredFile) -> pq.FileMetaData:
+    """A footer says at its very end how long it is, and places of the file count from its beginning."""
+    tail = file.read(max(file.size - _TAIL, 0), min(file.size, _TAIL), ", footer")
+    length = int.from_bytes(tail[-8:-4].to_pybytes(), "little") + 8 if len(tail) >= 8 else len(tail)
+    if length > len(tail):
+        tail = file.read(file.size - length, length, ", footer")
+    return pq.read_metadata(pa.BufferReader(tail))
+
+
+class _Fetched(io.RawIOBase):
+    """A file of which some ranges have been fetched; pyarrow asks for these only."""
+
+    def __init__(self, file: StoredFile, ranges: list[tuple[int, int]], what: str) -> None:
+        self._size = file.size
+        self._ranges = [(begin, file.read(begin, end - begin, what)) for begin, end in ranges]
+        self._place = 0
+
+    def read(self, size: int = -1) -> pa.Buffer:
+        for begin, data in self._ranges:
+            if begin <= self._place and self._place + size <= begin + len(data):
+                found = data[self._place - begin : self._place - begin + size]
+                self._place += size
+                return found
+        raise EOFError(f"bytes {self._place} to {self._place + size} belong to none of the columns")
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+
+from ultrarec.data.deal import deal
+
+
+def imbalance(ranks, costs, world_size):
+    loads = np.bincount(ranks, costs, world_size)
+    return loads.max() / loads.mean()
+
+
+def zipf_step(seed, *, num_samples=512):
+    """Places and costs of a step: Zipf lengths, the attention of which costs half of the longest ones' tokens."""
+    random = np.random.default_rng(seed)
+    lengths = np.minimum(random.zipf(1.3, num_samples) * 20, 4096)
+    return random.random(num_samples), (lengths * 1024 * (1 + lengths / 8192)).astype(np.int64)
+
+
+def test_ranks_are_dealt_equal_cost_on_zipf_lengths():
+    steps = [zipf_step(seed) for seed in range(50)]
+    dealt = [imbalance(deal(places, costs, 8), costs, 8) for places, costs in steps]
+    in_turn = [imbalance(np.arange(len(costs)) % 8, costs, 8) for _, costs in steps]
+    assert np.mean(dealt) <= 1.02
+    assert max(dealt) <= 1.05
+    assert np.mean(in_turn) > 1.2
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_each_rank_takes_neighbours_in_the_dataset(world_size):
+    places, costs = zipf_step(3, num_samples=200 * world_size)
+    ranks = deal(places, costs, world_size)
+    for rank in range(world_size):
+        own = np.sort(places[ranks == rank])
+        # 16 samples on either side may come from beyond the cut.
+        assert own[-1] - own[0] <= own[-17] - own[16] + 2 * 34 / (200 * world_size)
+
+
+def test_few_long_samples_are_dealt_longest_first():
+    costs = np.array([7, 1, 7, 1, 7, 1, 7, 1]) * 1024
+    assert np.bincount(deal(np.arange(8) / 8, costs, 4), costs).tolist() == [8192] * 4
+
+
+def test_a_sample_dearer_than_a_share_leaves_the_others_balanced():
+    costs = np.array([50, *[1] * 90]) * 1024
+    loads = np.bincount(deal(np.arange(91) / 91, costs, 10), costs, 10) / 1024
+    assert np.sort(loads)[-1] == 50
+    assert np.sort(loads)[-2] <= 15
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_samples", [0, 1, 5, 8, 61])
+def test_each_sample_has_one_rank(world_size, num_samples):
+    places, costs = zipf_step(0, num_samples=num_samples)
+    ranks = deal(places, costs, world_size)
+    assert ranks.shape == (num_samples,)
+    assert set(ranks.tolist()) <= set(range(world_size))
