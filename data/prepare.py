@@ -1,7 +1,7 @@
 """`ultrarec prepare`: an interaction log becomes a prepared dataset, whole or not at all.
 
-The log is staged in a DuckDB file, checked, filtered, split and sorted there within the memory limit, and streamed
-into Parquet. Everything happens in a folder beside the output that is renamed when the dataset is complete.
+An engine (DuckDB, within a memory limit, or Spark) checks, filters, splits and sorts the log; what comes back sorted is
+streamed into Parquet. Everything happens in a folder beside the output that is renamed when the dataset is complete.
 
 This module imports nothing heavy, so that the command line can mount it; the steps are in `preparation/`.
 """
@@ -13,15 +13,20 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from .errors import UserError, counted
-from .preparation.options import PrepareOptions
-from .schema import DatasetInfo, Roles
+from .preparation.options import ENGINES, PrepareOptions
+from .schema import ITEMS_FILE, Counts, DatasetInfo, Minimums
+
+if TYPE_CHECKING:
+    from .preparation.engine import Engine
+    from .preparation.sources import Log
 
 __all__ = ["PrepareOptions", "Report", "add_arguments", "options_of", "prepare", "run"]
 
@@ -36,7 +41,7 @@ def prepare(options: PrepareOptions, *, report: Report = lambda line: None) -> D
 
     Raises UserError for everything the user can mend; then, as after an interruption, nothing is left on disk.
     """
-    from .preparation import sources, split, staging, writing
+    from .preparation import sources
 
     log = sources.find_log(options)
     report(f"log: {counted(len(log.paths), f'{log.format} file')}, {log.num_bytes / 1e6:,.1f} MB")
@@ -44,30 +49,60 @@ def prepare(options: PrepareOptions, *, report: Report = lambda line: None) -> D
         work, root = folder / "work", folder / "dataset"
         work.mkdir()
         root.mkdir()
-        with staging.open_database(work, memory_limit=options.memory_limit, threads=options.threads) as database:
-            columns = staging.stage(database, log, options, report=report)
-            counts = split.build_tables(database, options, report=report)
-            declared = staging.declared_parts(options)
-            files = writing.write_histories(database, declared, root, num_users=counts.users, report=report)
-            vocabulary = writing.write_items(database, root)
-        info = DatasetInfo(
-            root=root,
-            roles=Roles(
-                user=options.user, item=options.item, time=options.time, order=options.order, actions=options.actions
-            ),
-            columns=columns,
-            vocabularies={"items": vocabulary},
-            counts=counts,
-            split=split.describe(options),
-            files=files,
-            sources=log.describe(),
-            created_by=f"ultrarec {version('ultrarec')}",
-        )
+        with _open_engine(options, work, report) as engine:
+            info = _build(engine, log, options, root, report)
         info.write()
         root.rename(options.out)
-    totals = counted(counts.users, "user"), counted(counts.events, "event"), counted(counts.items, "item")
-    report(f"{options.out}: {', '.join(totals)}")
+    _report_totals(options.out, info, report)
     return replace(info, root=options.out)
+
+
+def _build(engine: "Engine", log: "Log", options: PrepareOptions, root: Path, report: Report) -> DatasetInfo:
+    """Write all files of the dataset but dataset.json to `root`."""
+    from .preparation import split, staging, writing
+
+    staged = staging.stage(engine, log, options, report=report)
+    totals = split.build_tables(engine, options, report=report)
+    written = writing.write_histories(
+        split.users_in_order(engine, staged),
+        split.events_in_order(engine, options, staged),
+        staged.columns,
+        root,
+        num_users=totals["users"],
+        num_items=totals["items"],
+        report=report,
+    )
+    items = split.items_in_order(engine, staged)
+    vocabulary = writing.write_items(items, written.items.counts, root / ITEMS_FILE, relative_to=root)
+    return DatasetInfo(
+        root=root,
+        roles=options.roles(),
+        columns=staged.columns,
+        vocabularies={"items": vocabulary},
+        counts=Counts(**totals, unknown_item_events=written.unknown_item_events),
+        split=split.describe(options),
+        files=written.files,
+        sources=log.describe(),
+        created_by=f"ultrarec {version('ultrarec')}",
+        lengths=written.lengths.summary(),
+        minimums=Minimums(user_events=options.min_user_events, item_events=options.min_item_events),
+    )
+
+
+def _open_engine(options: PrepareOptions, work: Path, report: Report) -> AbstractContextManager["Engine"]:
+    if options.engine == "spark":
+        from .preparation.spark_engine import open_spark
+
+        return open_spark(work, master=options.spark_master)
+    from .preparation.duckdb_engine import open_duckdb
+
+    return open_duckdb(work, memory_limit=options.memory_limit, threads=options.threads, report=report)
+
+
+def _report_totals(out: Path, info: DatasetInfo, report: Report) -> None:
+    counts = info.counts
+    totals = counted(counts.users, "user"), counted(counts.events, "event"), counted(counts.items, "item")
+    report(f"{out}: {', '.join(totals)}")
 
 
 @contextmanager
@@ -134,8 +169,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--leave-last", type=int, metavar="N", help="test each user's last N events, validate on the N before")
     add("--split-time", type=int, metavar="T", help="test the events from this time on")
     add("--validation-time", type=int, metavar="V", help="validate on the events from V to --split-time")
-    add("--memory-limit", default="4GB", metavar="SIZE", help="memory before spilling to disk (default: 4GB)")
-    add("--threads", type=int, metavar="N", help="default: all cores")
+    add("--engine", choices=ENGINES, default="duckdb", help="what reads and sorts the log (default: duckdb)")
+    add("--spark-master", metavar="URL", help="with --engine spark; default: the session or settings that Spark finds")
+    add("--memory-limit", default="4GB", metavar="SIZE", help="of DuckDB, before it spills to disk (default: 4GB)")
+    add("--threads", type=int, metavar="N", help="of DuckDB; default: all cores")
     add("--csv-delimiter", metavar="TEXT", help="between CSV fields, for example '::' (default: detected)")
     add("--csv-columns", default="", metavar="NAMES", help="comma-separated names for CSV files without a header line")
 
@@ -157,6 +194,8 @@ def options_of(args: argparse.Namespace) -> PrepareOptions:
         leave_last=args.leave_last,
         split_time=args.split_time,
         validation_time=args.validation_time,
+        engine=args.engine,
+        spark_master=args.spark_master,
         memory_limit=args.memory_limit,
         threads=args.threads,
         csv_delimiter=args.csv_delimiter,
