@@ -7,20 +7,16 @@ This module imports nothing heavy, so that the command line can mount it; the st
 """
 
 import argparse
-import errno
-import os
-import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
-from .errors import UserError, counted
+from .atomic import temporary_beside, termination_as_interruption
+from .errors import counted
 from .preparation.options import ENGINES, PrepareOptions
 from .schema import ITEMS_FILE, Counts, DatasetInfo, Minimums
 
@@ -45,7 +41,7 @@ def prepare(options: PrepareOptions, *, report: Report = lambda line: None) -> D
 
     log = sources.find_log(options)
     report(f"log: {counted(len(log.paths), f'{log.format} file')}, {log.num_bytes / 1e6:,.1f} MB")
-    with _temporary_beside(options.out) as folder:
+    with temporary_beside(options.out) as folder:
         work, root = folder / "work", folder / "dataset"
         work.mkdir()
         root.mkdir()
@@ -105,53 +101,6 @@ def _report_totals(out: Path, info: DatasetInfo, report: Report) -> None:
     report(f"{out}: {', '.join(totals)}")
 
 
-@contextmanager
-def _temporary_beside(out: Path) -> Iterator[Path]:
-    """A folder on the file system of `out`, removed at the end whatever happens."""
-    if os.path.lexists(out):  # unlike Path.exists, it takes a name of any length
-        raise UserError(f"--out {out} exists already; nothing is overwritten: give a new folder, or remove that one")
-    folder = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    new_parents = [parent for parent in folder.parents if not os.path.lexists(parent)]
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        _remove_empty(new_parents)
-        raise UserError(f"--out {out}: {folder} cannot be made ({error.strerror}); give another place") from error
-    try:
-        yield folder
-    except Exception as error:
-        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
-            raise UserError(
-                f"--out {out}: the disk is full; sorting needs several times the size of the log beside the output: "
-                "free some, or give another place"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _remove_empty(new_parents)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove what is empty, innermost first; a folder that holds the complete dataset stays."""
-    for folder in folders:
-        with suppress(OSError):
-            folder.rmdir()
-
-
-@contextmanager
-def _termination_as_interruption() -> Iterator[None]:
-    """Let SIGTERM, as job schedulers and `kill` send it, end the work as Ctrl-C does: cleaned up."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ultrarec prepare` on `parser`."""
     add = parser.add_argument
@@ -206,6 +155,6 @@ def options_of(args: argparse.Namespace) -> PrepareOptions:
 def run(args: argparse.Namespace) -> int:
     """The `prepare` subcommand; returns the exit status. UserError is left to the command line to print."""
     options = options_of(args)
-    with _termination_as_interruption():
+    with termination_as_interruption():
         prepare(options, report=lambda line: print(line, file=sys.stderr, flush=True))
     return 0

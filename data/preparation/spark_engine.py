@@ -15,7 +15,7 @@ from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -133,10 +133,13 @@ class SparkEngine:
             raise UserError(f"{hidden[0]}: Spark leaves out files whose names begin with _ or a dot; rename it")
         frame = self._session.read.parquet(*(_without_globs(path.absolute()) for _, path in files))
         numbers = {os.path.realpath(path): number for number, path in files}
-        found = [(uri, numbers[os.path.realpath(unquote(urlsplit(uri).path))]) for uri in frame.inputFiles()]
+        # Spark spells the beginning in two ways, file:/ here and file:/// there.
+        uris = [re.sub("^file:/*", "/", uri) for uri in frame.inputFiles()]
+        found = [(uri, numbers[os.path.realpath(unquote(uri))]) for uri in uris]
         names = self._session.createDataFrame(found, "uri STRING, number BIGINT")
+        uri = functions.regexp_replace("_metadata.file_path", "^file:/*", "/").alias("uri")
         place = functions.col("_metadata.row_index").alias("place")
-        read = frame.select(functions.col("_metadata.file_path").alias("uri"), place, *columns)
+        read = frame.select(uri, place, *columns)
         numbered = read.join(functions.broadcast(names), "uri")
         row = functions.expr(f"number * {ROWS_OF_A_FILE} + place").alias("row")
         return numbered.select(row, *read.columns[2:])
