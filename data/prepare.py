@@ -1,27 +1,28 @@
 """`ultrarec prepare`: an interaction log becomes a prepared dataset, whole or not at all.
 
-The log is staged in a DuckDB file, checked, filtered, split and sorted there within the memory limit, and streamed
-into Parquet. Everything happens in a folder beside the output that is renamed when the dataset is complete.
+An engine (DuckDB, within a memory limit, or Spark) checks, filters, splits and sorts the log; what comes back sorted is
+streamed into Parquet. Everything happens in a folder beside the output that is renamed when the dataset is complete.
 
 This module imports nothing heavy, so that the command line can mount it; the steps are in `preparation/`.
 """
 
 import argparse
-import errno
-import os
-import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
+from typing import TYPE_CHECKING
 
-from .errors import UserError, counted
-from .preparation.options import PrepareOptions
-from .schema import DatasetInfo, Roles
+from .atomic import temporary_beside, termination_as_interruption
+from .errors import counted
+from .preparation.options import ENGINES, PrepareOptions
+from .schema import ITEMS_FILE, Counts, DatasetInfo, Minimums
+
+if TYPE_CHECKING:
+    from .preparation.engine import Engine
+    from .preparation.sources import Log
 
 __all__ = ["PrepareOptions", "Report", "add_arguments", "options_of", "prepare", "run"]
 
@@ -36,85 +37,68 @@ def prepare(options: PrepareOptions, *, report: Report = lambda line: None) -> D
 
     Raises UserError for everything the user can mend; then, as after an interruption, nothing is left on disk.
     """
-    from .preparation import sources, split, staging, writing
+    from .preparation import sources
 
     log = sources.find_log(options)
     report(f"log: {counted(len(log.paths), f'{log.format} file')}, {log.num_bytes / 1e6:,.1f} MB")
-    with _temporary_beside(options.out) as folder:
+    with temporary_beside(options.out) as folder:
         work, root = folder / "work", folder / "dataset"
         work.mkdir()
         root.mkdir()
-        with staging.open_database(work, memory_limit=options.memory_limit, threads=options.threads) as database:
-            columns = staging.stage(database, log, options, report=report)
-            counts = split.build_tables(database, options, report=report)
-            declared = staging.declared_parts(options)
-            files = writing.write_histories(database, declared, root, num_users=counts.users, report=report)
-            vocabulary = writing.write_items(database, root)
-        info = DatasetInfo(
-            root=root,
-            roles=Roles(
-                user=options.user, item=options.item, time=options.time, order=options.order, actions=options.actions
-            ),
-            columns=columns,
-            vocabularies={"items": vocabulary},
-            counts=counts,
-            split=split.describe(options),
-            files=files,
-            sources=log.describe(),
-            created_by=f"ultrarec {version('ultrarec')}",
-        )
+        with _open_engine(options, work, report) as engine:
+            info = _build(engine, log, options, root, report)
         info.write()
         root.rename(options.out)
-    totals = counted(counts.users, "user"), counted(counts.events, "event"), counted(counts.items, "item")
-    report(f"{options.out}: {', '.join(totals)}")
+    _report_totals(options.out, info, report)
     return replace(info, root=options.out)
 
 
-@contextmanager
-def _temporary_beside(out: Path) -> Iterator[Path]:
-    """A folder on the file system of `out`, removed at the end whatever happens."""
-    if os.path.lexists(out):  # unlike Path.exists, it takes a name of any length
-        raise UserError(f"--out {out} exists already; nothing is overwritten: give a new folder, or remove that one")
-    folder = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    new_parents = [parent for parent in folder.parents if not os.path.lexists(parent)]
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        _remove_empty(new_parents)
-        raise UserError(f"--out {out}: {folder} cannot be made ({error.strerror}); give another place") from error
-    try:
-        yield folder
-    except Exception as error:
-        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
-            raise UserError(
-                f"--out {out}: the disk is full; sorting needs several times the size of the log beside the output: "
-                "free some, or give another place"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _remove_empty(new_parents)
+def _build(engine: "Engine", log: "Log", options: PrepareOptions, root: Path, report: Report) -> DatasetInfo:
+    """Write all files of the dataset but dataset.json to `root`."""
+    from .preparation import split, staging, writing
+
+    staged = staging.stage(engine, log, options, report=report)
+    totals = split.build_tables(engine, options, report=report)
+    written = writing.write_histories(
+        split.users_in_order(engine, staged),
+        split.events_in_order(engine, options, staged),
+        staged.columns,
+        root,
+        num_users=totals["users"],
+        num_items=totals["items"],
+        report=report,
+    )
+    items = split.items_in_order(engine, staged)
+    vocabulary = writing.write_items(items, written.items.counts, root / ITEMS_FILE, relative_to=root)
+    return DatasetInfo(
+        root=root,
+        roles=options.roles(),
+        columns=staged.columns,
+        vocabularies={"items": vocabulary},
+        counts=Counts(**totals, unknown_item_events=written.unknown_item_events),
+        split=split.describe(options),
+        files=written.files,
+        sources=log.describe(),
+        created_by=f"ultrarec {version('ultrarec')}",
+        lengths=written.lengths.summary(),
+        minimums=Minimums(user_events=options.min_user_events, item_events=options.min_item_events),
+    )
 
 
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove what is empty, innermost first; a folder that holds the complete dataset stays."""
-    for folder in folders:
-        with suppress(OSError):
-            folder.rmdir()
+def _open_engine(options: PrepareOptions, work: Path, report: Report) -> AbstractContextManager["Engine"]:
+    if options.engine == "spark":
+        from .preparation.spark_engine import open_spark
+
+        return open_spark(work, master=options.spark_master)
+    from .preparation.duckdb_engine import open_duckdb
+
+    return open_duckdb(work, memory_limit=options.memory_limit, threads=options.threads, report=report)
 
 
-@contextmanager
-def _termination_as_interruption() -> Iterator[None]:
-    """Let SIGTERM, as job schedulers and `kill` send it, end the work as Ctrl-C does: cleaned up."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _report_totals(out: Path, info: DatasetInfo, report: Report) -> None:
+    counts = info.counts
+    totals = counted(counts.users, "user"), counted(counts.events, "event"), counted(counts.items, "item")
+    report(f"{out}: {', '.join(totals)}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,8 +118,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--leave-last", type=int, metavar="N", help="test each user's last N events, validate on the N before")
     add("--split-time", type=int, metavar="T", help="test the events from this time on")
     add("--validation-time", type=int, metavar="V", help="validate on the events from V to --split-time")
-    add("--memory-limit", default="4GB", metavar="SIZE", help="memory before spilling to disk (default: 4GB)")
-    add("--threads", type=int, metavar="N", help="default: all cores")
+    add("--engine", choices=ENGINES, default="duckdb", help="what reads and sorts the log (default: duckdb)")
+    add("--spark-master", metavar="URL", help="with --engine spark; default: the session or settings that Spark finds")
+    add("--memory-limit", default="4GB", metavar="SIZE", help="of DuckDB, before it spills to disk (default: 4GB)")
+    add("--threads", type=int, metavar="N", help="of DuckDB; default: all cores")
     add("--csv-delimiter", metavar="TEXT", help="between CSV fields, for example '::' (default: detected)")
     add("--csv-columns", default="", metavar="NAMES", help="comma-separated names for CSV files without a header line")
 
@@ -157,6 +143,8 @@ def options_of(args: argparse.Namespace) -> PrepareOptions:
         leave_last=args.leave_last,
         split_time=args.split_time,
         validation_time=args.validation_time,
+        engine=args.engine,
+        spark_master=args.spark_master,
         memory_limit=args.memory_limit,
         threads=args.threads,
         csv_delimiter=args.csv_delimiter,
@@ -167,6 +155,6 @@ def options_of(args: argparse.Namespace) -> PrepareOptions:
 def run(args: argparse.Namespace) -> int:
     """The `prepare` subcommand; returns the exit status. UserError is left to the command line to print."""
     options = options_of(args)
-    with _termination_as_interruption():
+    with termination_as_interruption():
         prepare(options, report=lambda line: print(line, file=sys.stderr, flush=True))
     return 0

@@ -9,21 +9,24 @@ A dataset is a folder:
                               user's first num_train events are for training, the next num_validation for
                               validation and the rest for testing
 
-Declared columns may hold nulls: where the log does, and, per user, where a user has no training event.
+Declared columns may hold nulls: where the log does, and, per user, where a user has no training event. The dataset is
+the history files that `dataset.json` names, in that order; their Parquet pages have checksums.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from .errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version 1 has no `group_*` of files, no `lengths` and no `minimums`; it is read all the same."""
 DATASET_FILE = "dataset.json"
 ITEMS_FILE = "items.parquet"
 HISTORIES_FOLDER = "histories"
@@ -110,6 +113,33 @@ class HistoryFile:
     bytes: int
     sha256: str
     """Checksum of the file, in hex."""
+    group_rows: tuple[int, ...] = ()
+    """Rows of each row group, in order; this and the next two are empty in datasets of version 1."""
+    group_events: tuple[int, ...] = ()
+    """Events of each row group, that is, the length of its `items` lists together."""
+    group_train_events: tuple[int, ...] = ()
+    """Events of each row group that are for training."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """How many events the users have, over the whole dataset and all parts of the split."""
+
+    mean: float
+    quantiles: dict[str, int]
+    """By the share of users, "0.5" for the median: the shortest length that this share of users does not exceed."""
+    bucket_from: tuple[int, ...]
+    """Shortest length of each bucket: 0, 1, 2, 4, 8, …; a bucket ends before the next one begins."""
+    bucket_users: tuple[int, ...]
+    bucket_events: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Minimums:
+    """Below which number of events users and items were left out; 0 leaves out nothing."""
+
+    user_events: int
+    item_events: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +163,10 @@ class DatasetInfo:
     files: tuple[HistoryFile, ...]
     sources: tuple[SourceFile, ...]
     created_by: str
+    lengths: Lengths | None = None
+    """None in datasets of version 1."""
+    minimums: Minimums | None = None
+    """None in datasets of version 1, which do not say."""
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -149,6 +183,9 @@ class DatasetInfo:
         """
         names = ("roles", "columns", "split", "vocabularies", "counts", "files")
         content = {name: value for name, value in dataclasses.asdict(self).items() if name in names}
+        # What the checksum of a file covers is left out, so that datasets keep the fingerprint that runs know them by.
+        facts = ("path", "rows", "row_groups", "bytes", "sha256")
+        content["files"] = [{name: file[name] for name in facts} for file in content["files"]]
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -201,11 +238,13 @@ class DatasetInfo:
         raw = {"schema_version": self.schema_version, **dataclasses.asdict(self)}
         del raw["root"]
         raw["split"] = {name: value for name, value in raw["split"].items() if value is not None}
+        text = json.dumps(raw, indent=2, ensure_ascii=False)
+        # Lists of numbers on one line each; no string of JSON holds a line break, so none is touched.
+        text = re.sub(r"\[\n\s+([-\d][-\d.,\s]*)\n\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
         target = self.root / DATASET_FILE
         temporary = target.with_name(f".{DATASET_FILE}.{os.getpid()}")
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump(raw, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+            file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
@@ -236,6 +275,14 @@ def _read_json(root: Path) -> dict[str, Any]:
     return raw
 
 
+_Facts = TypeVar("_Facts", HistoryFile, Lengths)
+
+
+def _with_tuples(kind: type[_Facts], raw: Mapping[str, Any]) -> _Facts:
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
+    return kind(**values)
+
+
 def _from_json(root: Path, raw: Mapping[str, Any]) -> DatasetInfo:
     roles = raw["roles"]
     if "items" not in raw["vocabularies"]:
@@ -247,8 +294,10 @@ def _from_json(root: Path, raw: Mapping[str, Any]) -> DatasetInfo:
         vocabularies={name: Vocabulary(**vocabulary) for name, vocabulary in raw["vocabularies"].items()},
         counts=Counts(**raw["counts"]),
         split=Split(**raw["split"]),
-        files=tuple(HistoryFile(**file) for file in raw["files"]),
+        files=tuple(_with_tuples(HistoryFile, file) for file in raw["files"]),
         sources=tuple(SourceFile(**source) for source in raw["sources"]),
         created_by=raw["created_by"],
+        lengths=_with_tuples(Lengths, raw["lengths"]) if raw.get("lengths") else None,
+        minimums=Minimums(**raw["minimums"]) if raw.get("minimums") else None,
         schema_version=raw["schema_version"],
     )

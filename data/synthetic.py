@@ -71,7 +71,9 @@ def write_dataset(
     files = []
     for index, (begin, end) in enumerate(itertools.pairwise(bounds)):
         path = root / HISTORIES_FOLDER / f"part-{index:05}.parquet"
-        pq.write_table(histories.slice(begin, end - begin), path, row_group_size=rows_per_group)
+        rows = histories.slice(begin, end - begin)
+        pq.write_table(rows, path, row_group_size=rows_per_group, write_page_checksum=True)
+        groups = [rows.slice(first, rows_per_group) for first in range(0, rows.num_rows, rows_per_group)]
         files.append(
             HistoryFile(
                 path=f"{HISTORIES_FOLDER}/{path.name}",
@@ -79,6 +81,9 @@ def write_dataset(
                 row_groups=pq.read_metadata(path).num_row_groups,
                 bytes=path.stat().st_size,
                 sha256=file_sha256(path),
+                group_rows=tuple(group.num_rows for group in groups),
+                group_events=tuple(_sum(group, "num_events") for group in groups),
+                group_train_events=tuple(_sum(group, "num_train") for group in groups),
             )
         )
     ids = np.arange(1, num_items + 1)
@@ -86,6 +91,10 @@ def write_dataset(
     info = _info(root, histories, num_items, tuple(files))
     info.write()
     return info
+
+
+def _sum(histories: pa.Table, name: str) -> int:
+    return int(histories[name].to_numpy().sum())
 
 
 def _train_counts(histories: pa.Table, ids: Integers) -> Integers:
@@ -96,9 +105,7 @@ def _train_counts(histories: pa.Table, ids: Integers) -> Integers:
 
 
 def _info(root: Path, histories: pa.Table, num_items: int, files: tuple[HistoryFile, ...]) -> DatasetInfo:
-    train, validation, events = (
-        int(histories[name].to_numpy().sum()) for name in ("num_train", "num_validation", "num_events")
-    )
+    train, validation, events = (_sum(histories, name) for name in ("num_train", "num_validation", "num_events"))
     counts = Counts(
         users=histories.num_rows,
         events=events,

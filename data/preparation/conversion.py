@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from .options import PrepareOptions
+
 INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
 FLOATS = ("FLOAT", "DOUBLE")
 NANOSECONDS = ("TIMESTAMP_NS", "TIMESTAMPTZ_NS")
@@ -76,17 +78,13 @@ def _convert_time(x: str, type_name: str) -> Conversion | None:
     if type_name in INTEGERS:
         return _convert_id(x, type_name)
     if type_name in FLOATS:
-        is_bad = f"(NOT isfinite({x}) OR {x} <> floor({x}) OR abs({x}) > {LARGEST_TIME})"
+        is_bad = f"(isnan({x}) OR {x} <> floor({x}) OR abs({x}) > {LARGEST_TIME})"
         return Conversion(value=f"CAST({x} AS BIGINT)", is_bad=is_bad)
     if type_name in TIMESTAMPS:
-        # Nanoseconds reach over a few centuries only, and DuckDB takes their time zone off in no other type.
-        if type_name in NANOSECONDS:
-            ticks, per_ms, plain = f"epoch_ns({x})", 1_000_000, "TIMESTAMP_NS"
-        else:
-            ticks, per_ms, plain = f"epoch_us({x})", 1_000, "TIMESTAMP"
-        # DuckDB's // rounds towards zero, which would put the milliseconds around 1970 together.
-        milliseconds = f"({ticks} // {per_ms} - CAST({ticks} % {per_ms} < 0 AS BIGINT))"
-        return Conversion(value=milliseconds, moment=ticks, is_bad=f"NOT isfinite(CAST({x} AS {plain}))")
+        ticks, per_ms = (f"epoch_ns({x})", 1_000_000) if type_name in NANOSECONDS else (f"epoch_us({x})", 1_000)
+        # Division rounds towards zero, which would put the milliseconds around 1970 together.
+        milliseconds = f"(divide({ticks}, {per_ms}) - CAST({ticks} % {per_ms} < 0 AS BIGINT))"
+        return Conversion(value=milliseconds, moment=ticks, is_bad=f"{ticks} IS NULL")  # infinite
     return None
 
 
@@ -120,6 +118,22 @@ _COLUMN = Kind(
     repeated=True,
     may_be_null=True,
 )
+ARROW_TYPES = {
+    "TINYINT": "int8",
+    "SMALLINT": "int16",
+    "INTEGER": "int32",
+    "BIGINT": "int64",
+    "UTINYINT": "uint8",
+    "USMALLINT": "uint16",
+    "UINTEGER": "uint32",
+    "UBIGINT": "uint64",
+    "FLOAT": "float",
+    "DOUBLE": "double",
+    "BOOLEAN": "bool",
+    "VARCHAR": "string",
+}
+"""What a further column is in the histories."""
+
 KINDS = {
     "--user": _USER,
     "--item": replace(_USER, prefix="item_id"),
@@ -146,3 +160,34 @@ KINDS = {
     "--user-column": _COLUMN,
 }
 """By the option of the command line that names the column."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One column of the log and the part it plays."""
+
+    option: str
+    name: str
+    """As the log calls it."""
+    staged: str
+    """As the table `staged` and the view `log` call it; names of our own cannot collide."""
+
+    @property
+    def kind(self) -> Kind:
+        """What the option expects."""
+        return KINDS[self.option]
+
+
+def parts_of(options: PrepareOptions) -> list[Part]:
+    """Every column that the options name; the further columns last, those of events before those of users."""
+    parts = []
+    for position, (option, name) in enumerate(options.parts()):
+        kind = KINDS[option]
+        staged = f"{kind.prefix}_{position}" if kind.repeated else kind.prefix
+        parts.append(Part(option=option, name=name, staged=staged))
+    return parts
+
+
+def declared_parts(options: PrepareOptions) -> list[Part]:
+    """The further columns."""
+    return [part for part in parts_of(options) if part.option in ("--column", "--user-column")]

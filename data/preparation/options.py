@@ -3,10 +3,13 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from ..errors import UserError
-from ..schema import BUILT_IN_COLUMNS, MAX_ACTIONS
+from ..schema import BUILT_IN_COLUMNS, MAX_ACTIONS, Roles
 
+EngineName = Literal["duckdb", "spark"]
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 MEMORY_LIMIT = re.compile(r"\d+(\.\d+)?\s*[KMGT]i?B", re.IGNORECASE)
 MOST_THREADS = 1024  # of DuckDB; each takes memory for itself, and far more cannot be started
 LONGEST_DELIMITER = 4  # bytes; the limit of DuckDB's CSV reader
@@ -42,6 +45,10 @@ class PrepareOptions:
     """Test the events from this time on; in the unit of the time column, milliseconds for timestamp types."""
     validation_time: int | None = None
     """Validate on the events from this time on and before `split_time`."""
+    engine: EngineName = "duckdb"
+    """What reads, counts and sorts the log; the result does not depend on it."""
+    spark_master: str | None = None
+    """Where Spark runs; by default what the session that is there, or Spark's own settings, say."""
     memory_limit: str = "4GB"
     """Memory for DuckDB; what does not fit goes to disk, beside the output."""
     threads: int | None = None
@@ -55,6 +62,10 @@ class PrepareOptions:
         self._check_columns()
         self._check_split()
         self._check_limits()
+
+    def roles(self) -> Roles:
+        """The columns that are not further ones."""
+        return Roles(user=self.user, item=self.item, time=self.time, order=self.order, actions=self.actions)
 
     def parts(self) -> list[tuple[str, str]]:
         """(option, column) of every column that the options name."""
@@ -113,6 +124,8 @@ class PrepareOptions:
         ):
             if value < 0:
                 raise UserError(f"{option} {value} is negative; give 0 to keep all, or a count")
+        if self.spark_master is not None and self.engine != "spark":
+            raise UserError(f"--spark-master {self.spark_master} needs --engine spark; give both, or neither")
         if not MEMORY_LIMIT.fullmatch(self.memory_limit.strip()):
             raise UserError(f"--memory-limit {self.memory_limit!r} is not a size; write it like 512MB or 4GB")
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:

@@ -10,10 +10,15 @@ training events only. An event whose item is not in the vocabulary stays, as an 
 
 from collections.abc import Callable
 
+import pyarrow as pa
+
 from ..errors import UserError, counted
-from ..schema import Counts, Split
+from ..schema import Split
+from .conversion import declared_parts
+from .engine import Engine, row_of
 from .options import PrepareOptions
-from .staging import Connection, declared_parts
+from .staging import Staged
+from .streams import RowStream, Stream, event_schema, typed, user_schema
 
 
 def describe(options: PrepareOptions) -> Split:
@@ -25,103 +30,133 @@ def describe(options: PrepareOptions) -> Split:
     return Split(kind="none")
 
 
-def build_tables(database: Connection, options: PrepareOptions, *, report: Callable[[str], None]) -> Counts:
-    """From the view `log` make `items`, `users` and `events`, each in its final order; return the totals.
+def build_tables(engine: Engine, options: PrepareOptions, *, report: Callable[[str], None]) -> dict[str, int]:
+    """From the view `log` make `items` and `users`; return the totals by name.
 
-    items: item_id; the dense id is rowid + 1, in the order of item_id.
-    users: user_id, num_events, num_train, num_validation, start (the rowid of the first event), ordered by user_id.
-    events: user_row, item (dense), time, actions and the declared columns, ordered by user and true time.
+    items: id (dense, from 1 in the order of item_id), item_id.
+    users: user_row (from 0 in the order of user_id), user_id, num_events, num_train, num_validation.
     """
     report("counting users and items")
-    _make_items(database, options)
-    _make_users(database, options)
-    counts = _count_users(database)
-    _check_parts(database, options, counts)
+    _make_items(engine, options)
+    _make_users(engine, options)
+    counts = _counts(engine)
+    _check_parts(engine, options, counts)
     report(f"sorting {counted(counts['events'], 'event')} of {counted(counts['users'], 'user')}")
-    _make_events(database, options)
-    (items,) = database.execute("SELECT count(*) FROM items").fetchall()[0]
-    (unknown,) = database.execute("SELECT count(*) FROM events WHERE item = 0").fetchall()[0]
-    return Counts(**counts, items=items, unknown_item_events=unknown)
+    return counts
 
 
-def _train_end(options: PrepareOptions) -> int | None:
-    return options.split_time if options.validation_time is None else options.validation_time
+def users_in_order(engine: Engine, staged: Staged) -> RowStream:
+    """The table `users`."""
+    query = "SELECT user_row, user_id, num_events, num_train, num_validation FROM users ORDER BY user_row"
+    return RowStream(typed(engine.stream(query), user_schema(staged.user_id)))
 
 
-def _make_items(database: Connection, options: PrepareOptions) -> None:
+def items_in_order(engine: Engine, staged: Staged) -> Stream:
+    """The original ids, by dense id."""
+    return typed(engine.stream("SELECT item_id FROM items ORDER BY id"), pa.schema([("item_id", staged.item_id)]))
+
+
+def events_in_order(engine: Engine, options: PrepareOptions, staged: Staged) -> RowStream:
+    """Each user's events in true order, for the users as in `users_in_order`; items are dense."""
+    stream = engine.stream(_sorted_events(options), progress="sorting")
+    return RowStream(typed(stream, event_schema(staged.columns)))
+
+
+def train_end(split: Split) -> int | None:
+    """Training events are those before this time; None where the split does not go by time."""
+    return split.time if split.validation_time is None else split.validation_time
+
+
+def num_train_and_validation(split: Split) -> tuple[str, str]:
+    """SQL for both, of a user with num_events events, before_train_end and before_test of them by time."""
+    if split.kind == "leave_last":
+        n = split.num_events
+        assert n is not None
+        train = f"CASE WHEN num_events > {2 * n} THEN num_events - {2 * n} ELSE num_events END"
+        return train, f"CASE WHEN num_events > {2 * n} THEN {n} ELSE 0 END"
+    if split.kind == "split_time":
+        return "before_train_end", "before_test - before_train_end"
+    return "num_events", "0"
+
+
+def _sorted_events(options: PrepareOptions) -> str:
+    declared = "".join(f", log.{part.staged}" for part in declared_parts(options))
+    items = "JOIN items" if options.split_time is None else "LEFT JOIN items"
+    return f"""
+        SELECT users.user_row, coalesce(items.id, 0) AS item, log.time, log.actions{declared}
+        FROM log JOIN users ON log.user_id = users.user_id {items} ON log.item_id = items.item_id
+        ORDER BY users.user_row, log.moment, log.tie, log.row
+    """
+
+
+def _make_items(engine: Engine, options: PrepareOptions) -> None:
     """`kept_users`, where there is a minimum for them, and `items`, both from the events that count."""
-    end = _train_end(options)
+    end = train_end(describe(options))
     counted = "log" if end is None else f"(SELECT * FROM log WHERE time < {end})"
+    kept = "true"
     if options.min_user_events:
-        database.execute(
-            f"CREATE TABLE kept_users AS SELECT user_id FROM {counted} "
-            f"GROUP BY user_id HAVING count(*) >= {options.min_user_events}"
+        engine.create(
+            "kept_users",
+            f"SELECT user_id FROM {counted} GROUP BY user_id HAVING count(*) >= {options.min_user_events}",
         )
-    database.execute(
-        f"CREATE TABLE items AS SELECT item_id FROM {counted} GROUP BY item_id "
-        f"HAVING count(*) >= {options.min_item_events} AND bool_or({_user_is_kept(options)}) ORDER BY item_id"
+        counted = f"{counted} AS counted LEFT JOIN kept_users ON counted.user_id = kept_users.user_id"
+        kept = "count(kept_users.user_id) > 0"
+    engine.create(
+        "items",
+        "SELECT row_number() OVER (ORDER BY item_id) AS id, item_id FROM ("
+        f"SELECT item_id FROM {counted} GROUP BY item_id HAVING count(*) >= {options.min_item_events} AND {kept})",
+        progress="counting items",
     )
 
 
-def _user_is_kept(options: PrepareOptions) -> str:
-    return "user_id IN (SELECT user_id FROM kept_users)" if options.min_user_events else "true"
+def _kept_events(options: PrepareOptions) -> str:
+    """The log without the users and items that a minimum leaves out."""
+    events = "log"
+    if options.min_user_events:
+        events += " SEMI JOIN kept_users ON log.user_id = kept_users.user_id"
+    if options.split_time is None and (options.min_user_events or options.min_item_events):
+        events += " SEMI JOIN items ON log.item_id = items.item_id"
+    return events
 
 
-def _item_is_kept(options: PrepareOptions) -> str:
-    filtered = options.split_time is None and (options.min_user_events or options.min_item_events)
-    return "item_id IN (SELECT item_id FROM items)" if filtered else "true"
-
-
-def _make_users(database: Connection, options: PrepareOptions) -> None:
-    n = options.leave_last
-    if n is not None:
-        train = f"CASE WHEN num_events > {2 * n} THEN num_events - {2 * n} ELSE num_events END"
-        validation = f"CASE WHEN num_events > {2 * n} THEN {n} ELSE 0 END"
-    elif options.split_time is not None:
-        train, validation = "before_train_end", "before_test - before_train_end"
-    else:
-        train, validation = "num_events", "0"
-    before = f"count(*) FILTER (WHERE time < {_train_end(options)}) AS before_train_end, "
-    before += f"count(*) FILTER (WHERE time < {options.split_time}) AS before_test, "
-    database.execute(f"""
-        CREATE TABLE users AS
-        SELECT user_id, num_events,
-            CAST({train} AS BIGINT) AS num_train, CAST({validation} AS BIGINT) AS num_validation,
-            CAST(sum(num_events) OVER (ORDER BY user_id ROWS UNBOUNDED PRECEDING) AS BIGINT) - num_events AS start
+def _make_users(engine: Engine, options: PrepareOptions) -> None:
+    split = describe(options)
+    train, validation = num_train_and_validation(split)
+    before = f"count(*) FILTER (WHERE time < {train_end(split)}) AS before_train_end, "
+    before += f"count(*) FILTER (WHERE time < {split.time}) AS before_test, "
+    engine.create(
+        "users",
+        f"""
+        SELECT row_number() OVER (ORDER BY user_id) - 1 AS user_row, user_id, num_events,
+            CAST({train} AS BIGINT) AS num_train, CAST({validation} AS BIGINT) AS num_validation
         FROM (
-            SELECT user_id, {before if options.split_time is not None else ""} count(*) AS num_events
-            FROM log WHERE {_user_is_kept(options)} AND {_item_is_kept(options)} GROUP BY user_id
+            SELECT user_id, {before if split.kind == "split_time" else ""} count(*) AS num_events
+            FROM {_kept_events(options)} GROUP BY user_id
         )
         {_second_minimum(options)}
-        ORDER BY user_id
-    """)
+        """,
+        progress="counting users",
+    )
 
 
 def _second_minimum(options: PrepareOptions) -> str:
     return f"WHERE num_events >= {options.min_user_events}" if options.split_time is None else ""
 
 
-def _make_events(database: Connection, options: PrepareOptions) -> None:
-    declared = "".join(f", log.{part.staged}" for part in declared_parts(options))
-    items = "JOIN items" if options.split_time is None else "LEFT JOIN items"
-    database.execute(f"""
-        CREATE TABLE events AS
-        SELECT users.rowid AS user_row, coalesce(items.rowid + 1, 0) AS item, log.time, log.actions{declared}
-        FROM log JOIN users ON log.user_id = users.user_id {items} ON log.item_id = items.item_id
-        ORDER BY users.rowid, log.moment, log.tie, log.row
-    """)
-
-
-def _count_users(database: Connection) -> dict[str, int]:
+def _counts(engine: Engine) -> dict[str, int]:
     names = ("users", "events", "train_events", "validation_events", "test_events")
-    row = database.execute("""
+    row = row_of(
+        engine,
+        """
         SELECT count(*), sum(num_events), sum(num_train), sum(num_validation),
             sum(num_events - num_train - num_validation) FROM users
-    """).fetchall()[0]
-    return {name: int(value or 0) for name, value in zip(names, row, strict=True)}
+        """,
+    )
+    (items,) = row_of(engine, "SELECT count(*) FROM items")
+    return {name: int(value or 0) for name, value in zip(names, row, strict=True)} | {"items": items}
 
 
-def _check_parts(database: Connection, options: PrepareOptions, counts: dict[str, int]) -> None:
+def _check_parts(engine: Engine, options: PrepareOptions, counts: dict[str, int]) -> None:
     """Every part that the options ask for must have events."""
     if not counts["events"]:
         raise UserError(
@@ -135,7 +170,7 @@ def _check_parts(database: Connection, options: PrepareOptions, counts: dict[str
         )
     if options.split_time is None:
         return
-    first, last = database.execute("SELECT min(time), max(time) FROM log").fetchall()[0]
+    first, last = row_of(engine, "SELECT min(time), max(time) FROM log")
     for part, needed in (("train", True), ("validation", options.validation_time is not None), ("test", True)):
         if needed and not counts[f"{part}_events"]:
             validation = f" --validation-time {options.validation_time}" if options.validation_time is not None else ""

@@ -1,154 +1,200 @@
-"""The sorted tables, streamed into Parquet: one row per user, and one row per item.
+"""The sorted streams, written as Parquet: one row per user, and one row per item.
 
 Users and events arrive as two streams in the same order, so a chunk of histories is the next users and the next
-`sum(num_events)` events: memory holds one row group, whatever the size of the log.
+`sum(num_events)` events: memory holds one row group and one count per item, whatever the size of the log.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..schema import HISTORIES_FOLDER, ITEMS_FILE, HistoryFile, Vocabulary, file_sha256
-from .staging import Connection, Part
+from ..schema import HISTORIES_FOLDER, UNKNOWN_ITEM, Column, HistoryFile, Vocabulary, file_sha256
+from .statistics import Integers, ItemCounter, LengthCounter
+from .streams import USER_ROW, RowStream, Stream
 
 USERS_PER_ROW_GROUP = 2048
-"""A row group is the unit of reading: small enough to shuffle well, large enough for one request."""
-EVENTS_PER_ROW_GROUP = 1 << 19
-"""12 MiB of items, times and actions; a longer history has a row group to itself."""
+MOST_USERS_PER_ROW_GROUP = 16384
+ENOUGH_ROW_GROUPS = 1024
+"""A row group is the unit of reading and of shuffling. A thousand of them shuffle well; datasets of more users have
+larger ones, since very many small ones are slow to plan and to fetch from an object store."""
+BYTES_PER_ROW_GROUP = 12 << 20
+"""Of the decoded lists; a longer history has a row group to itself."""
+BYTES_PER_EVENT = 24
+"""Of items, timestamps and actions."""
+BYTES_PER_STRING = 16
+"""Assumed for declared columns of strings."""
 ROW_GROUPS_PER_FILE = 64
-ROWS_PER_BATCH = 1 << 17
 SECONDS_BETWEEN_REPORTS = 5.0
 
 
-class RowStream:
-    """Takes rows off a query result in portions of any size; memory holds one portion and one batch."""
-
-    def __init__(self, database: Connection, query: str) -> None:
-        # A connection has one open result, so each stream needs a cursor of its own.
-        self._cursor = database.cursor()
-        self._reader: pa.RecordBatchReader = self._cursor.sql(query).to_arrow_reader(ROWS_PER_BATCH)
-        self._rest = self._reader.schema.empty_table()
-
-    def take(self, num_rows: int) -> pa.Table:
-        """The next `num_rows` rows, fewer at the end."""
-        parts = [self._rest]
-        available = self._rest.num_rows
-        while available < num_rows:
-            batch = next(self._reader, None)
-            if batch is None:
-                break
-            parts.append(pa.Table.from_batches([batch]))
-            available += batch.num_rows
-        table = pa.concat_tables(parts)
-        self._rest = table.slice(num_rows)
-        return table.slice(0, num_rows)
+@dataclass
+class _OpenFile:
+    path: str
+    writer: pq.ParquetWriter
+    rows: list[int] = field(default_factory=list)
+    events: list[int] = field(default_factory=list)
+    train_events: list[int] = field(default_factory=list)
 
 
 class HistoryWriter:
     """Writes row groups into numbered files and remembers what it wrote."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, first_number: int = 0) -> None:
         self._root = root
-        self._writer: pq.ParquetWriter | None = None
-        self._path = ""
-        self._rows = self._row_groups = 0
+        self._number = first_number
+        self._open: _OpenFile | None = None
         self.files: list[HistoryFile] = []
         (root / HISTORIES_FOLDER).mkdir()
 
     def write(self, histories: pa.Table) -> None:
         """Append one row group."""
-        if self._writer is None:
-            self._path = f"{HISTORIES_FOLDER}/part-{len(self.files):05d}.parquet"
-            self._writer = pq.ParquetWriter(self._root / self._path, histories.schema, compression="zstd")
-        self._writer.write_table(histories, row_group_size=histories.num_rows)
-        self._rows += histories.num_rows
-        self._row_groups += 1
-        if self._row_groups == ROW_GROUPS_PER_FILE:
+        if self._open is None:
+            path = f"{HISTORIES_FOLDER}/part-{self._number:05d}.parquet"
+            # The checksums of pages tell a reader of some columns that these are whole, that of the file cannot.
+            writer = pq.ParquetWriter(self._root / path, histories.schema, compression="zstd", write_page_checksum=True)
+            self._open = _OpenFile(path, writer)
+            self._number += 1
+        self._open.writer.write_table(histories, row_group_size=histories.num_rows)
+        self._open.rows.append(histories.num_rows)
+        self._open.events.append(int(histories["num_events"].to_numpy().sum()))
+        self._open.train_events.append(int(histories["num_train"].to_numpy().sum()))
+        if len(self._open.rows) == ROW_GROUPS_PER_FILE:
             self.close()
 
     def close(self) -> None:
         """Finish the open file, if there is one."""
-        if self._writer is None:
+        if self._open is None:
             return
-        self._writer.close()
-        path = self._root / self._path
+        done, self._open = self._open, None
+        done.writer.close()
+        path = self._root / done.path
         self.files.append(
             HistoryFile(
-                path=self._path,
-                rows=self._rows,
-                row_groups=self._row_groups,
+                path=done.path,
+                rows=sum(done.rows),
+                row_groups=len(done.rows),
                 bytes=path.stat().st_size,
                 sha256=file_sha256(path),
+                group_rows=tuple(done.rows),
+                group_events=tuple(done.events),
+                group_train_events=tuple(done.train_events),
             )
         )
-        self._writer, self._rows, self._row_groups = None, 0, 0
+
+
+@dataclass(frozen=True)
+class Written:
+    """What came of the streams."""
+
+    files: tuple[HistoryFile, ...]
+    lengths: LengthCounter
+    items: ItemCounter
+    unknown_item_events: int
 
 
 def write_histories(
-    database: Connection, declared: list[Part], root: Path, *, num_users: int, report: Callable[[str], None]
-) -> tuple[HistoryFile, ...]:
-    """Write the tables `users` and `events` to `root`/histories, in their order; return the files."""
-    users = RowStream(database, "SELECT rowid AS user_row, user_id, num_events, num_train, num_validation FROM users")
-    events = RowStream(database, "SELECT * FROM events")
+    users: RowStream,
+    events: RowStream,
+    columns: Mapping[str, Column],
+    root: Path,
+    *,
+    num_users: int,
+    num_items: int,
+    report: Callable[[str], None],
+) -> Written:
+    """Write histories to `root`/histories, in the order of the two streams.
+
+    The streams are those of `split.users_in_order` and `split.events_in_order`.
+    """
     writer = HistoryWriter(root)
-    last_report = time.monotonic()
-    for start in range(0, num_users, USERS_PER_ROW_GROUP):
-        portion = users.take(USERS_PER_ROW_GROUP)
-        for group in row_groups(portion["num_events"].to_numpy()):
+    lengths, items = LengthCounter(), ItemCounter(np.zeros(num_items, np.int64))
+    unknown = 0
+    users_per_group = users_per_row_group(num_users)
+    progress = Progress(report, noun="users", total=num_users)
+    for start in range(0, num_users, users_per_group):
+        portion = users.take(users_per_group)
+        lengths.add(portion["num_events"].to_numpy())
+        for group in row_groups(portion["num_events"].to_numpy(), events_per_row_group(columns)):
             chunk = portion.slice(group.start, len(group))
-            writer.write(_histories(chunk, events.take(sum(chunk["num_events"].to_pylist())), declared))
-        if time.monotonic() - last_report > SECONDS_BETWEEN_REPORTS:
-            last_report = time.monotonic()
-            report(f"written: {start + portion.num_rows:,} of {num_users:,} users")
+            histories = _histories(chunk, events.take(sum(chunk["num_events"].to_pylist())), columns)
+            items.add(training_items(histories))
+            unknown += int((histories["items"].combine_chunks().flatten().to_numpy() == UNKNOWN_ITEM).sum())
+            writer.write(histories)
+        progress.show(start + portion.num_rows)
     writer.close()
-    return tuple(writer.files)
+    return Written(tuple(writer.files), lengths, items, unknown)
 
 
-def write_items(database: Connection, root: Path) -> Vocabulary:
-    """Write `root`/items.parquet: id int64 (1..size), item_id, count int64 (training events)."""
-    stream = RowStream(
-        database,
-        """
-        SELECT items.rowid + 1 AS id, item_id, coalesce(train_events, 0) AS count
-        FROM items LEFT JOIN (
-            SELECT item, count(*) AS train_events FROM events JOIN users ON user_row = users.rowid
-            WHERE events.rowid - users.start < users.num_train GROUP BY item
-        ) ON item = items.rowid + 1
-        ORDER BY id
-        """,
-    )
+class Progress:
+    """Reports a count every few seconds."""
+
+    def __init__(self, report: Callable[[str], None], *, noun: str, total: int) -> None:
+        self._report, self._noun, self._total = report, noun, total
+        self._last = time.monotonic()
+
+    def show(self, done: int) -> None:
+        """Say so if the last time was a while ago."""
+        if time.monotonic() - self._last > SECONDS_BETWEEN_REPORTS:
+            self._last = time.monotonic()
+            self._report(f"written: {done:,} of {self._total:,} {self._noun}")
+
+
+def write_items(items: Stream, counts: Integers, path: Path, *, relative_to: Path) -> Vocabulary:
+    """Write `path`: id int64 (1..size), item_id, count int64; the stream holds `item_id` in the order of the ids."""
+    schema = pa.schema([("id", pa.int64()), items.schema.field("item_id"), ("count", pa.int64())])
     size = 0
-    table = stream.take(ROWS_PER_BATCH)
-    with pq.ParquetWriter(root / ITEMS_FILE, table.schema, compression="zstd") as writer:
-        while table.num_rows:
-            writer.write_table(table)
-            size += table.num_rows
-            table = stream.take(ROWS_PER_BATCH)
-    return Vocabulary(size=size, path=ITEMS_FILE, sha256=file_sha256(root / ITEMS_FILE))
+    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+        for batch in items.batches:
+            end = size + batch.num_rows
+            ids = pa.array(np.arange(size + 1, end + 1))
+            writer.write_table(pa.table([ids, batch["item_id"], pa.array(counts[size:end])], schema=schema))
+            size = end
+    assert size == len(counts), (size, len(counts))
+    return Vocabulary(size=size, path=str(path.relative_to(relative_to)), sha256=file_sha256(path))
 
 
-def row_groups(num_events: np.ndarray) -> list[range]:
-    """Cut consecutive users into row groups of at most EVENTS_PER_ROW_GROUP events, or of one user."""
+def users_per_row_group(num_users: int) -> int:
+    """How many users a row group holds at most, in a dataset of so many."""
+    return min(max(USERS_PER_ROW_GROUP, num_users // ENOUGH_ROW_GROUPS), MOST_USERS_PER_ROW_GROUP)
+
+
+def events_per_row_group(columns: Mapping[str, Column]) -> int:
+    """How many events a row group holds at most; further columns make events larger."""
+    types = [pa.type_for_alias(column.type) for column in columns.values() if column.kind == "event"]
+    widths = [BYTES_PER_STRING if pa.types.is_string(each) else max(each.bit_width // 8, 1) for each in types]
+    return BYTES_PER_ROW_GROUP // (BYTES_PER_EVENT + sum(widths))
+
+
+def row_groups(num_events: Integers, most_events: int) -> list[range]:
+    """Cut consecutive users into row groups of at most this many events, or of one user."""
     ends = np.cumsum(num_events)
     groups = []
     start = 0
     while start < len(ends):
         before = ends[start - 1] if start else 0
-        stop = int(np.searchsorted(ends, before + EVENTS_PER_ROW_GROUP, side="right"))
+        stop = int(np.searchsorted(ends, before + most_events, side="right"))
         groups.append(range(start, max(stop, start + 1)))
         start = groups[-1].stop
     return groups
 
 
-def _histories(users: pa.Table, events: pa.Table, declared: list[Part]) -> pa.Table:
+def training_items(histories: pa.Table) -> Integers:
+    """The dense ids of all training events of these rows."""
+    lengths, num_train = (histories[name].to_numpy().astype(np.int64) for name in ("num_events", "num_train"))
+    place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return histories["items"].combine_chunks().flatten().to_numpy()[place < np.repeat(num_train, lengths)]
+
+
+def _histories(users: pa.Table, events: pa.Table, columns: Mapping[str, Column]) -> pa.Table:
     """One row group: `events` holds the events of `users`, in their order."""
     lengths = users["num_events"].to_numpy()
-    if not np.array_equal(events["user_row"].to_numpy(), np.repeat(users["user_row"].to_numpy(), lengths)):
-        raise RuntimeError("users and events came out of DuckDB in different orders; nothing was written")
+    if not np.array_equal(events[USER_ROW].to_numpy(), np.repeat(users[USER_ROW].to_numpy(), lengths)):
+        raise RuntimeError("users and events came out of the engine in different orders; nothing was written")
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
     def as_lists(name: str) -> pa.ListArray:
@@ -156,11 +202,10 @@ def _histories(users: pa.Table, events: pa.Table, declared: list[Part]) -> pa.Ta
 
     num_train = users["num_train"].to_numpy()
     newest_train = pa.array(offsets[:-1] + num_train - 1, mask=num_train == 0)
-    columns = {"user_id": users["user_id"]}
-    columns |= {"items": as_lists("item"), "timestamps": as_lists("time"), "actions": as_lists("actions")}
-    for part in declared:
-        per_event = part.option == "--column"
-        columns[part.name] = as_lists(part.staged) if per_event else events[part.staged].take(newest_train)
+    table = {"user_id": users["user_id"]}
+    table |= {"items": as_lists("items"), "timestamps": as_lists("timestamps"), "actions": as_lists("actions")}
+    for name, column in columns.items():
+        table[name] = as_lists(name) if column.kind == "event" else events[name].take(newest_train)
     for name in ("num_events", "num_train", "num_validation"):
-        columns[name] = users[name].cast(pa.int32())
-    return pa.table(columns)
+        table[name] = users[name].cast(pa.int32())
+    return pa.table(table)

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ultrarec.data import prepare as prepare_command
-from ultrarec.data.preparation.writing import EVENTS_PER_ROW_GROUP, row_groups
+from ultrarec.data.preparation.writing import events_per_row_group, row_groups, users_per_row_group
 from ultrarec.data.prepare import PrepareOptions, prepare
-from ultrarec.data.schema import UNKNOWN_ITEM, DatasetInfo
+from ultrarec.data.schema import UNKNOWN_ITEM, Column, DatasetInfo
 
 DATASETS = Path(__file__).parents[2] / "docs" / "datasets.md"
 ROLES = {"user": "user", "item": "item", "time": "time"}
@@ -141,9 +141,18 @@ def test_histories_longer_than_a_batch_and_many_row_groups_come_out_whole(tmp_pa
 
 
 def test_row_groups_are_bounded_in_events_and_a_longer_history_stands_alone():
-    most = EVENTS_PER_ROW_GROUP
-    groups = row_groups(np.array([1, most - 1, 1, 3 * most, 2, most - 2]))
+    groups = row_groups(np.array([1, 99, 1, 300, 2, 98]), 100)
     assert groups == [range(2), range(2, 3), range(3, 4), range(4, 6)]
+
+
+def test_row_groups_hold_fewer_events_of_more_columns():
+    columns = {"a": Column(kind="event", type="double"), "b": Column(kind="event", type="string")}
+    assert events_per_row_group({}) == 2 * events_per_row_group(columns) == 1 << 19
+    assert events_per_row_group({"a": Column(kind="user", type="double")}) == 1 << 19
+
+
+def test_row_groups_grow_with_the_number_of_users_within_bounds():
+    assert [users_per_row_group(users) for users in (10, 2**21, 2**22, 10**9)] == [2048, 2048, 4096, 16384]
 
 
 # Splits
@@ -409,9 +418,53 @@ def test_the_dataset_states_what_it_holds(tmp_path):
     for file in info.files:
         metadata = pq.read_metadata(info.locate(file.path))
         assert (file.rows, file.row_groups) == (metadata.num_rows, metadata.num_row_groups)
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        assert file.group_rows == tuple(group.num_rows for group in groups)
         assert file.bytes == info.locate(file.path).stat().st_size
     for file in (*info.files, info.vocabularies["items"]):
         assert file.sha256 == hashlib.sha256(info.locate(file.path).read_bytes()).hexdigest()
+
+
+def test_the_facts_of_each_row_group_are_those_of_its_rows(tmp_path):
+    rng = np.random.default_rng(0)
+    log = {
+        "user": rng.permutation(np.arange(9_000) % 5_000),
+        "item": rng.integers(0, 9, 9_000),
+        "time": np.arange(9_000),
+    }
+    info = prepare_log(tmp_path / "out", write_log(tmp_path / "log.parquet", log), split_time=6_000)
+    [file] = info.files
+    with pq.ParquetFile(info.history_paths[0]) as parquet:
+        tables = [parquet.read_row_group(number) for number in range(parquet.num_row_groups)]
+    assert file.group_rows == (2048, 2048, 904) == tuple(table.num_rows for table in tables)
+    assert file.group_events == tuple(len(table["items"].combine_chunks().flatten()) for table in tables)
+    assert file.group_train_events == tuple(sum(table["num_train"].to_pylist()) for table in tables)
+
+
+def test_the_lengths_of_histories_are_summed_up(tmp_path):
+    lengths = [1] * 50 + [2] * 30 + [3] * 10 + [7] * 9 + [64]
+    users = np.repeat(np.arange(100), lengths)
+    log = {"user": users, "item": users, "time": np.arange(len(users))}
+    summary = prepare_log(tmp_path / "out", write_log(tmp_path / "log.parquet", log)).lengths
+    assert summary.mean == round(sum(lengths) / 100, 3)
+    assert summary.quantiles == {
+        "0.01": 1, "0.1": 1, "0.25": 1, "0.5": 1, "0.75": 2, "0.9": 3, "0.99": 7, "1.0": 64,
+    }  # fmt: skip
+    buckets = zip(summary.bucket_from, summary.bucket_users, summary.bucket_events, strict=True)
+    assert list(buckets) == [
+        (0, 0, 0), (1, 50, 50), (2, 40, 90), (4, 9, 63), (8, 0, 0), (16, 0, 0), (32, 0, 0), (64, 1, 64),
+    ]  # fmt: skip
+
+
+def test_a_damaged_page_is_found_by_its_checksum(tmp_path):
+    path = write_log(tmp_path / "log.parquet", log_with_ties(5_000))
+    info = prepare_log(tmp_path / "out", path, columns=("place",))
+    column = pq.read_metadata(info.history_paths[0]).row_group(0).column(1)
+    content = bytearray(info.history_paths[0].read_bytes())
+    content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    info.history_paths[0].write_bytes(content)
+    with pytest.raises(OSError, match="could not verify page integrity, CRC checksum verification failed"):
+        pq.ParquetFile(info.history_paths[0], page_checksum_verification=True).read(columns=["items"])
 
 
 def log_with_actions():

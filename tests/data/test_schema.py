@@ -11,6 +11,8 @@ from ultrarec.data.schema import (
     Counts,
     DatasetInfo,
     HistoryFile,
+    Lengths,
+    Minimums,
     Roles,
     SourceFile,
     Split,
@@ -29,9 +31,22 @@ def info(tmp_path):
             users=2, events=9, items=7, train_events=5, validation_events=0, test_events=4, unknown_item_events=1
         ),
         split=Split(kind="split_time", time=1651330969569),
-        files=(HistoryFile(path="histories/part-00000.parquet", rows=2, row_groups=1, bytes=123, sha256="1" * 64),),
+        files=(
+            HistoryFile(
+                path="histories/part-00000.parquet",
+                rows=2,
+                row_groups=2,
+                bytes=123,
+                sha256="1" * 64,
+                group_rows=(1, 1),
+                group_events=(4, 5),
+                group_train_events=(2, 3),
+            ),
+        ),
         sources=(SourceFile(path="lög.parquet", bytes=45),),
         created_by="ultrarec 0.1.0",
+        lengths=Lengths(mean=4.5, quantiles={"0.5": 4}, bucket_from=(0, 1), bucket_users=(0, 2), bucket_events=(0, 9)),
+        minimums=Minimums(user_events=0, item_events=2),
     )
 
 
@@ -45,6 +60,22 @@ def test_what_is_written_is_read_back(info):
     info.write()
     assert DatasetInfo.load(info.root) == info
     assert DatasetInfo.load(str(info.root)) == info
+
+
+def test_a_dataset_of_version_1_is_read_and_keeps_its_fingerprint(info):
+    info.write()
+    fingerprint = DatasetInfo.load(info.root).fingerprint
+    file = dataclasses.asdict(info.files[0])
+    old = {name: file[name] for name in ("path", "rows", "row_groups", "bytes", "sha256")}
+    edit(info.root, schema_version=1, lengths=None, minimums=None, files=[old])
+    loaded = DatasetInfo.load(info.root)
+    assert (loaded.lengths, loaded.minimums, loaded.files[0].group_rows) == (None, None, ())
+    assert loaded.fingerprint == fingerprint
+
+
+def test_the_facts_of_row_groups_take_one_line_each(info):
+    info.write()
+    assert '"group_events": [4, 5],\n' in (info.root / DATASET_FILE).read_text()
 
 
 def test_the_file_is_written_whole_or_not_at_all(info):
@@ -123,8 +154,8 @@ def test_a_file_in_place_of_the_folder_is_not_a_dataset(tmp_path):
 
 def test_a_newer_version_asks_for_an_upgrade(info):
     info.write()
-    edit(info.root, schema_version=2)
-    with pytest.raises(UserError, match="schema_version=2, but this ultrarec reads up to 1; upgrade ultrarec"):
+    edit(info.root, schema_version=3)
+    with pytest.raises(UserError, match="schema_version=3, but this ultrarec reads up to 2; upgrade ultrarec"):
         DatasetInfo.load(info.root)
 
 

@@ -1,0 +1,150 @@
+"""DuckDB in a file beside the output: sorts within the memory limit, spills what does not fit."""
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from ..errors import UserError
+from .conversion import Part
+from .sources import Log, quote_name
+from .streams import ROWS_PER_BATCH, Stream
+
+SECONDS_BETWEEN_REPORTS = 5.0
+Config = dict[str, str | bool | int | float | list[str]]
+
+
+class DuckDbEngine:
+    """See `engine.Engine`."""
+
+    def __init__(self, database: duckdb.DuckDBPyConnection, report: Callable[[str], None]) -> None:
+        self.database = database
+        self._report = report
+
+    def stage(self, log: Log, parts: list[Part]) -> dict[str, str]:
+        """Read the log once, in file order: DuckDB's `rowid` is then the place of an event in the log."""
+        try:
+            self.create("staged_rows", f"SELECT {wanted_columns(parts)} FROM {log.relation()}", progress="reading")
+        except (duckdb.OutOfMemoryException, duckdb.InterruptException):
+            raise
+        except duckdb.Error as error:
+            raise unreadable(error) from error
+        self.define("staged", "SELECT rowid AS row, * FROM staged_rows")
+        return {name: kind for name, kind, *_ in self.rows("DESCRIBE staged_rows")}
+
+    def place(self, log: Log, row: int) -> str:
+        """Count the rows of one file after the other."""
+        for name, path in zip(log.names, log.paths, strict=True):
+            [(rows,)] = self.rows(f"SELECT count(*) FROM {log.relation([path])}")
+            if row < rows:
+                return f"{name}, row {row + 1}"
+            row -= rows
+        raise RuntimeError(f"row {row} lies behind the last file: the log changed while it was read")
+
+    def create(self, name: str, query: str, *, progress: str = "") -> None:
+        """Keep the result in the file."""
+        with _shown(self.database, progress, self._report):
+            self.database.execute(f"CREATE TABLE {name} AS {query}")
+
+    def define(self, name: str, query: str) -> None:
+        """Make a view."""
+        self.database.execute(f"CREATE VIEW {name} AS {query}")
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        """The rows of a result."""
+        return self.database.execute(query).fetchall()
+
+    def stream(self, query: str, *, progress: str = "") -> Stream:
+        """Batches that DuckDB makes as they are taken."""
+        # A connection has one open result, so each stream needs a cursor of its own.
+        cursor = self.database.cursor()
+        with _shown(cursor, progress, self._report):
+            reader = cursor.sql(query).to_arrow_reader(ROWS_PER_BATCH)
+        return Stream(reader.schema, reader)
+
+
+@contextmanager
+def open_duckdb(
+    work: Path, *, memory_limit: str, threads: int | None, report: Callable[[str], None]
+) -> Iterator[DuckDbEngine]:
+    """A DuckDB file in `work`, which also takes what exceeds the memory limit."""
+    config: Config = {
+        "memory_limit": memory_limit,
+        "temp_directory": str(work / "spill"),
+        "preserve_insertion_order": True,
+        "autoinstall_known_extensions": False,
+    }
+    if threads is not None:
+        config["threads"] = threads
+    try:
+        database = duckdb.connect(str(work / "stage.duckdb"), config=config)
+    except duckdb.ParserException as error:
+        raise UserError(f"--memory-limit {memory_limit}: {_first_line(error)}; give less, like 4GB") from error
+    try:
+        yield DuckDbEngine(database, report)
+    except duckdb.OutOfMemoryException as error:
+        raise UserError(
+            f"--memory-limit {memory_limit} is too little for this log ({_first_line(error)}); "
+            "raise it, lower --threads, or free disk space beside --out"
+        ) from error
+    except RuntimeError as error:
+        if str(error) == "Query interrupted":  # what DuckDB makes of Ctrl-C
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        database.close()
+
+
+def types_of(log: Log, parts: list[Part]) -> dict[str, str]:
+    """DuckDB's names for the types of the staged columns; reads the footers of the files only."""
+    with duckdb.connect() as database:
+        try:
+            described = database.execute(f"DESCRIBE SELECT {wanted_columns(parts)} FROM {log.relation()}").fetchall()
+        except duckdb.Error as error:
+            raise unreadable(error) from error
+    return {name: kind for name, kind, *_ in described}
+
+
+def wanted_columns(parts: list[Part]) -> str:
+    """The columns of the log under their staged names, as SQL."""
+    return ", ".join(f"{quote_name(part.name)} AS {part.staged}" for part in parts)
+
+
+def unreadable(error: duckdb.Error) -> UserError:
+    """DuckDB's message without its advice, which names options of DuckDB."""
+    text = str(error).split("Possible ")[0]
+    summary = "; ".join(line.strip() for line in text.splitlines() if line.strip())
+    file = re.search(r"^\s*file = (.+)$", str(error), re.MULTILINE)
+    named = f"{file.group(1)}: {summary}" if file else summary
+    return UserError(f"the log cannot be read: {named}; mend the file or write it again")
+
+
+@contextmanager
+def _shown(database: duckdb.DuckDBPyConnection, what: str, report: Callable[[str], None]) -> Iterator[None]:
+    """Report every few seconds how far the connection's query is."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(SECONDS_BETWEEN_REPORTS):
+            percent = database.query_progress()
+            if percent > 0:  # -1 before DuckDB knows
+                report(f"{what}: {percent:.0f}%")
+
+    if not what:
+        yield
+        return
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _first_line(error: duckdb.Error) -> str:
+    return str(error).splitlines()[0]
