@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..data.batch import Batch
-from ..kernels import AttentionMask
+from .backbones import build_backbone
 from .config import ModelConfig
-from .hstu import HSTUStack, Sequences
 from .inputs import ActionEncoder, ContentEncoder, ContextEncoder, Features, features_of
 from .layout import Layout
 from .positions import PositionEncoder, TimeEncoder
+from .sequences import Limits, Sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Encoded:
 
 
 class SequenceEncoder(nn.Module):
-    """Token encoders, position and time, dropout, and the HSTU stack.
+    """Token encoders, position and time, dropout, and the backbone.
 
     With `context_sees_history` contextual tokens attend to the whole history (the paper's mask). That is for models
     that predict targets only: where every position predicts, the history ahead would reach it through them, so there
@@ -48,31 +48,37 @@ class SequenceEncoder(nn.Module):
         features: Features,
         num_actions: int,
         embedding_dim: int,
-        max_events: int,
+        max_history: int,
+        max_targets: int,
         context_sees_history: bool,
     ) -> None:
         super().__init__()
-        num_contextual = len(features_of(features, "user"))
-        max_seq_len = num_contextual + max_events
-        self.num_contextual = num_contextual
+        limits = Limits(
+            num_contextual=len(features_of(features, "user")),
+            max_history=max_history,
+            max_targets=max_targets,
+            context_sees_history=context_sees_history,
+        )
+        self.num_contextual = limits.num_contextual
         self.content = ContentEncoder(config, features=features, embedding_dim=embedding_dim)
         self.action: ActionEncoder | None = None
         if num_actions or features_of(features, "outcome"):
             self.action = ActionEncoder(config, features=features, num_actions=num_actions, embedding_dim=embedding_dim)
         self.context: ContextEncoder | None = None
-        if num_contextual:
+        if limits.num_contextual:
             self.context = ContextEncoder(config, features=features, embedding_dim=embedding_dim)
         # Both published variants scale tokens so, but only where a position is added to them.
         self.scale = 1.0 if config.position_encoding == "none" else config.width**0.5
         self.position: PositionEncoder | None = None
         if config.position_encoding != "none":
-            self.position = PositionEncoder(config.position_encoding, max_seq_len=max_seq_len, width=config.width)
+            self.position = PositionEncoder(
+                config.position_encoding, max_seq_len=limits.max_seq_len, width=config.width
+            )
         self.time: TimeEncoder | None = None
         if config.time_encoding != "none":
             self.time = TimeEncoder(config.time_encoding, time_unit=config.time_unit, width=config.width)
         self.dropout = nn.Dropout(config.dropout)
-        mask = AttentionMask(num_contextual=num_contextual if context_sees_history else 0)
-        self.stack = HSTUStack(config, max_seq_len=max_seq_len, mask=mask)
+        self.stack = build_backbone(config, limits)
 
     def forward(self, batch: Batch, embeddings: dict[str, Tensor]) -> Encoded:
         """Encode a batch; `embeddings`: "item" [T, D], and for each `hash` feature [T, D] or, of users, [B, D]."""

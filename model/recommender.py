@@ -1,8 +1,8 @@
 """The two models a recipe can ask for, whole: batch and embeddings in, summed loss and outputs out.
 
 `RankingModel` predicts the actions on target events from the history before them, `NextItemModel` the item that
-follows every event. Both are an HSTU stack (arXiv 2402.17152) over one token per event. Neither knows of ranks or
-tables: embeddings arrive looked up, and the loss is the sum over this rank's labels.
+follows every event. Both are a backbone (HSTU, or one to compare it with) over one token per event. Neither knows of
+ranks or tables: embeddings arrive looked up, and the loss is the sum over this rank's labels.
 """
 
 # T = events of all samples, B = samples, M = labelled predictions, C = candidates, E = model width,
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch
+from .backbones import TARGET_ONLY
 from .config import ModelConfig, ObjectiveConfig
 from .encoder import SequenceEncoder
 from .heads import RankingHead, UserVectorHead
@@ -153,7 +154,8 @@ def build_model(
         features=features,
         num_actions=len(actions),
         embedding_dim=embedding_dim,
-        max_events=max_history + max_targets,
+        max_history=max_history,
+        max_targets=max_targets,
         context_sees_history=is_ranking,
     )
     if not is_ranking:
@@ -185,6 +187,11 @@ def _check(model: ModelConfig, objective: ObjectiveConfig, *, actions: tuple[str
             "embeddings are summed into tokens; make the two equal, or set model.token_hidden"
         )
     if objective.kind == "next_item":
+        if model.backbone in TARGET_ONLY:
+            raise ValueError(
+                f"model.backbone={model.backbone!r} encodes targets, which objective.kind='next_item' does not have; "
+                "choose another backbone, or kind='ranking'"
+            )
         _check_causal(model)
 
 
