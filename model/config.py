@@ -73,8 +73,9 @@ class ModelConfig(BaseModel):
     """Learn scale and shift of the norms (the industrial variant)."""
     projection_bias: bool = False
     """Add a bias to the u, v, q, k projection (the industrial variant)."""
-    attention_alpha: Literal["one", "rsqrt"] = "one"
-    """Factor of <q, k>: 1 (research variant) or 1/sqrt(qk_dim) (industrial variant)."""
+    attention_alpha: Literal["one", "rsqrt", "reciprocal"] = "one"
+    """Factor of <q, k>: 1 (research variant), 1/sqrt(qk_dim) (industrial variant) or 1/qk_dim (the authors' layers for
+    16k events)."""
     relative_bias: Literal["none", "position", "position_time"] = "none"
     """Bias added to the scores in every layer, shared by its heads. It counts positions one by one, targets too: with
     several targets per sample, later ones stand further from the history than they will when scored alone."""

@@ -48,8 +48,8 @@ class FuXiLayer(nn.Module):
     def forward(self, x_SE: Tensor, sequences: Sequences, padded: Padded, visible: Tensor) -> Tensor:
         """Tokens [S, E] to tokens [S, E]; `visible` [B, n, n] says which keys a query sees."""
         uvqk = nn.functional.silu(self.uvqk(self.norm_input(x_SE)))
-        u, v, q, k = uvqk.split(self.widths, dim=1)
-        v, q, k = (x.unflatten(1, (self.num_heads, -1)) for x in (v, q, k))
+        u, v, q, k = torch.split(uvqk, self.widths, dim=1)
+        v, q, k = (x.view(len(x), self.num_heads, x.shape[1] // self.num_heads) for x in (v, q, k))
         semantic_SHD = hstu_attention(
             q,
             k,
@@ -76,8 +76,7 @@ class FuXiLayer(nn.Module):
             self.bias.time_weight, timestamps=sequences.timestamps, query_timestamps=sequences.query_timestamps
         )
         position, time = (
-            padded.unpad(weights.to(v_BnV.dtype) @ v_BnV).unflatten(1, (self.num_heads, -1))
-            for weights in (by_position, by_time)
+            padded.unpad(weights.to(v_BnV.dtype) @ v_BnV).view_as(v_SHD) for weights in (by_position, by_time)
         )
         return position, time
 

@@ -28,6 +28,8 @@ from .sequences import Limits, Sequences
 BIAS_STD = 0.02
 NUM_TIME_BUCKETS = 128
 UVQK_STD = 0.02
+ALPHA_EXPONENTS = {"one": 0.0, "rsqrt": 0.5, "reciprocal": 1.0}
+"""The power of 1/qk_dim that multiplies <q, k>."""
 
 
 class RelativeBiasWeights(nn.Module):
@@ -87,7 +89,7 @@ class HSTULayer(nn.Module):
         self.norm_per_head = config.norm == "group_norm"
         self.dropout = config.dropout
         self.rematerialize = config.rematerialize
-        self.alpha = 1.0 if config.attention_alpha == "one" else config.qk_dim**-0.5
+        self.alpha = float(config.qk_dim ** -ALPHA_EXPONENTS[config.attention_alpha])
         value_width = config.num_heads * config.value_dim
         gate_width = 0 if config.gating == "none" else value_width
         self.widths = [gate_width, value_width, config.num_heads * config.qk_dim, config.num_heads * config.qk_dim]

@@ -37,7 +37,7 @@ class Padded:
         """Values [S, ...] as [B, n, ...]."""
         batch_size = self.history_ends.numel()
         places = x_S.new_zeros(batch_size * self.length, *x_S.shape[1:])
-        return places.index_copy(0, self.places, x_S).unflatten(0, (batch_size, self.length))
+        return places.index_copy(0, self.places, x_S).view(batch_size, self.length, *x_S.shape[1:])
 
     def unpad(self, x_Bn: Tensor) -> Tensor:
         """Values [B, n, ...] as [S, ...]."""

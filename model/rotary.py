@@ -15,5 +15,5 @@ def rotate(x_SHD: Tensor, positions_S: Tensor) -> Tensor:
     # Angles in float64: of a position in the thousands, float32 leaves the fast columns four digits.
     angles = positions_S.double()[:, None, None] * BASE**-exponents
     cos, sin = angles.cos().to(x_SHD.dtype), angles.sin().to(x_SHD.dtype)
-    a, b = x_SHD.split(half, dim=2)
+    a, b = torch.split(x_SHD, half, dim=2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=2)

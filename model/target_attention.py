@@ -72,7 +72,7 @@ class STCALayer(nn.Module):
         """What the queries [M, E] read of the tokens [S, E]: [M, E]."""
         keys_SE = self.history(x_SE)
         q, k, v = (
-            padded.pad(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            padded.pad(x.unflatten(1, (self.num_heads, -1))).transpose(1, 2)
             for padded, x in (
                 (targets, self.query(query_ME)),
                 (history, self.key(keys_SE)),

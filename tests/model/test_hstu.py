@@ -31,6 +31,7 @@ SWITCHES = [
     {"norm": "group_norm", "norm_affine": True},
     {"projection_bias": True},
     {"attention_alpha": "rsqrt"},
+    {"attention_alpha": "reciprocal"},
     {"relative_bias": "position"},
     {"relative_bias": "position_time"},
     {"attention": "softmax"},
@@ -118,7 +119,7 @@ def layer_of_one_sequence(layer, config, x, *, times, query_times, num_targets, 
     u = silu(u)
     if config.activation == "uvqk":
         v, q, k = silu(v), silu(q), silu(k)
-    alpha = 1.0 if config.attention_alpha == "one" else qk**-0.5
+    alpha = {"one": 1.0, "rsqrt": qk**-0.5, "reciprocal": 1 / qk}[config.attention_alpha]
     longest, local = layer.max_seq_len, {name: getattr(layer.mask, name) for name in ("window", "full_tail", "prefix")}
     attended = []
     for h in range(heads):
