@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from ultrarec.data.config import FeatureConfig
 from ultrarec.embeddings.config import EmbeddingOptimizerConfig
-from ultrarec.model.config import TailConfig
+from ultrarec.model.config import ChannelConfig, TailConfig
 from ultrarec.trainer.config import Config
 
 TARGET = Path(__file__).with_suffix(".md")
@@ -24,7 +24,7 @@ This page is written from the code by `python docs/settings.py`.
 NESTED = {
     "data": {"features.<name>": FeatureConfig},
     "embeddings": {"optimizer": EmbeddingOptimizerConfig},
-    "model": {"tail": TailConfig},
+    "model": {"tail": TailConfig, "channels.<name>": ChannelConfig},
 }
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .fuxi import FuXiAlpha
 from .hstu import HSTUStack
+from .mixture import Mixture
 from .sequences import Limits, Sequences
 from .target_attention import DIN, STCA
 from .transformer import Llama, SASRec
@@ -35,5 +36,10 @@ TARGET_ONLY = ("din", "stca")
 
 
 def build_backbone(config: ModelConfig, limits: Limits) -> nn.Module:
-    """The backbone of a recipe for sequences within these limits."""
+    """The backbone of a recipe for sequences within these limits.
+
+    Raises ValueError where `model.channels` names an action that the dataset does not have.
+    """
+    if config.channels:
+        return Mixture(config, limits)
     return BACKBONES[config.backbone](config, limits)

@@ -41,6 +41,19 @@ class TailConfig(BaseModel):
         return self
 
 
+class ChannelConfig(BaseModel):
+    """Mixture of transducers (ULTRA-HSTU, arXiv 2602.16986): one of several stacks, and the events that it reads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    actions: tuple[str, ...] = Field(min_length=1)
+    """The events of the history with any of these actions; contextual tokens and targets are read by every channel."""
+    num_events: int = Field(gt=0, le=MOST_EVENTS)
+    """The newest of them that are read."""
+    num_layers: int | None = Field(default=None, gt=0, le=1024)
+    """Layers of this stack; default: `model.num_layers`. All else is that of `model`."""
+
+
 class ModelConfig(BaseModel):
     """The `model` section. The defaults are the layer of the HSTU paper (arXiv 2402.17152, section 3)."""
 
@@ -89,6 +102,8 @@ class ModelConfig(BaseModel):
     """K2 in its other reading: the oldest tokens that every token sees from beyond the window; targets see all."""
     tail: TailConfig | None = None
     """Attention truncation: more layers, over the newest events only."""
+    channels: dict[str, ChannelConfig] = {}
+    """Mixture of transducers, by name: a stack for each channel instead of one for all events (ranking only)."""
     position_encoding: Literal["none", "from_start", "from_end"] = "none"
     """Learned vector per position added to the input: counted from the oldest token, or back from the end of the
     history (ranking only). Tokens are scaled by sqrt(width) first, as in both published variants."""
@@ -99,6 +114,9 @@ class ModelConfig(BaseModel):
     rematerialize: bool = False
     """Keep of each layer its input, its attention output and statistics, and compute u, v, q and k again in the
     backward pass: less memory for one more projection; the results are the same bit for bit."""
+    target_action: Literal["zero", "learned"] = "zero"
+    """What stands for the action of a target, whose own is the label: nothing (ULTRA-HSTU), or a learned vector
+    (the authors' industrial variant)."""
     token_hidden: int | None = Field(default=None, gt=0, le=MOST_COLUMNS)
     """Hidden width of the MLPs that make a token from item, features and actions; without it embeddings are summed,
     which needs embeddings.dim == model.width."""
@@ -129,7 +147,7 @@ class ModelConfig(BaseModel):
 
 HSTU_SETTINGS = (
     *("activation", "attention", "gating", "norm", "projection_bias", "attention_alpha", "relative_bias", "rope"),
-    *("window", "full_tail", "prefix", "tail", "rematerialize"),
+    *("window", "full_tail", "prefix", "tail", "channels", "rematerialize"),
 )
 """Settings that the other backbones do not read."""
 
@@ -156,6 +174,9 @@ class ObjectiveConfig(BaseModel):
     """Ranking: weight of each task's loss; all 1 when empty."""
     head_hidden: int = Field(default=128, gt=0, le=MOST_COLUMNS)
     """Ranking: hidden width of the prediction head."""
+    num_experts: int = Field(default=0, ge=0, le=1024)
+    """Ranking: hidden layers of the head, which each task mixes by a gate of its own (MMoE, KDD 2018); 0 is a single
+    one that all tasks share."""
     loss: Literal["auto", "sampled_softmax", "full_softmax"] = "auto"
     """Next item: `auto` takes the full softmax up to `full_softmax_items` items."""
     full_softmax_items: int = Field(default=20_000, gt=0)

@@ -46,7 +46,7 @@ class SequenceEncoder(nn.Module):
         config: ModelConfig,
         *,
         features: Features,
-        num_actions: int,
+        actions: tuple[str, ...],
         embedding_dim: int,
         max_history: int,
         max_targets: int,
@@ -57,13 +57,16 @@ class SequenceEncoder(nn.Module):
             num_contextual=len(features_of(features, "user")),
             max_history=max_history,
             max_targets=max_targets,
+            actions=actions,
             context_sees_history=context_sees_history,
         )
         self.num_contextual = limits.num_contextual
         self.content = ContentEncoder(config, features=features, embedding_dim=embedding_dim)
         self.action: ActionEncoder | None = None
-        if num_actions or features_of(features, "outcome"):
-            self.action = ActionEncoder(config, features=features, num_actions=num_actions, embedding_dim=embedding_dim)
+        if actions or features_of(features, "outcome"):
+            self.action = ActionEncoder(
+                config, features=features, num_actions=len(actions), embedding_dim=embedding_dim
+            )
         self.context: ContextEncoder | None = None
         if limits.num_contextual:
             self.context = ContextEncoder(config, features=features, embedding_dim=embedding_dim)
@@ -79,6 +82,7 @@ class SequenceEncoder(nn.Module):
             self.time = TimeEncoder(config.time_encoding, time_unit=config.time_unit, width=config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.stack = build_backbone(config, limits)
+        self.reads_actions = bool(config.channels)
 
     def forward(self, batch: Batch, embeddings: dict[str, Tensor]) -> Encoded:
         """Encode a batch; `embeddings`: "item" [T, D], and for each `hash` feature [T, D] or, of users, [B, D]."""
@@ -92,8 +96,14 @@ class SequenceEncoder(nn.Module):
             num_targets=layout.num_targets,
             timestamps=layout.join_times(batch.timestamps),
             query_timestamps=layout.join_times(batch.query_timestamps),
+            actions=self.actions(batch, layout) if self.reads_actions else None,
         )
         return Encoded(tokens=self.stack(self.dropout(x_SE), sequences), content=content_TE, layout=layout)
+
+    def actions(self, batch: Batch, layout: Layout) -> Tensor:
+        """Bitmasks of all tokens, [S]; contextual tokens have none."""
+        none = batch.actions.new_zeros(batch.num_targets.numel(), self.num_contextual)
+        return layout.join(none, batch.actions)
 
     def event_tokens(self, batch: Batch, embeddings: dict[str, Tensor], layout: Layout, content_TE: Tensor) -> Tensor:
         """Tokens [T, E]: content, action, position and time of every event."""

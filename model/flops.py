@@ -123,12 +123,24 @@ def backbone_flops(config: ModelConfig, sample: Sample, *, context_sees_history:
 
 
 def _hstu(config: ModelConfig, sample: Sample, limits: Limits) -> Flops:
+    if config.channels:
+        return _mixture(config, sample, limits)
     mask = limits.mask(window=config.window, full_tail=config.full_tail, prefix=config.prefix)
     total = _hstu_layer(config, sample, mask) * config.num_layers
     if config.tail is not None:
         tail, newest = config.tail, sample.newest(config.tail.num_events)
         mask = limits.mask(window=tail.window, full_tail=tail.full_tail, prefix=tail.prefix)
         total += _hstu_layer(config, newest, mask) * tail.num_layers
+    return total
+
+
+def _mixture(config: ModelConfig, sample: Sample, limits: Limits) -> Flops:
+    """Every channel full; a sample with fewer events of a channel costs less."""
+    total = matmul(sample.targets, len(config.channels) * config.width, config.width)
+    for channel in config.channels.values():
+        layers = config.num_layers if channel.num_layers is None else channel.num_layers
+        stack = config.model_copy(update={"channels": {}, "num_layers": layers})
+        total += _hstu(stack, sample.newest(channel.num_events), limits)
     return total
 
 
@@ -228,7 +240,12 @@ def _encoders(model: ModelConfig, sample: Sample, inputs: Inputs) -> Flops:
 
 
 def _ranking_head(model: ModelConfig, objective: ObjectiveConfig, sample: Sample) -> Flops:
-    return matmul(sample.targets, objective.head_hidden, 3 * model.width + len(objective.tasks))
+    item = matmul(sample.targets, objective.head_hidden, 2 * model.width)
+    num_tasks, num_experts = len(objective.tasks), objective.num_experts
+    if not num_experts:
+        return item + matmul(sample.targets, objective.head_hidden, model.width + num_tasks)
+    experts = matmul(sample.targets, model.width, num_experts * (objective.head_hidden + num_tasks))
+    return item + experts + matmul(sample.targets, objective.head_hidden, num_tasks)
 
 
 def _next_item(model: ModelConfig, sample: Sample, inputs: Inputs) -> Flops:

@@ -152,7 +152,7 @@ def build_model(
     encoder = SequenceEncoder(
         model,
         features=features,
-        num_actions=len(actions),
+        actions=actions,
         embedding_dim=embedding_dim,
         max_history=max_history,
         max_targets=max_targets,
@@ -167,6 +167,7 @@ def build_model(
             width=model.width,
             hidden=objective.head_hidden,
             num_tasks=len(objective.tasks),
+            num_experts=objective.num_experts,
             norm_affine=model.norm_affine,
         ),
         task_bits=[actions.index(task) for task in objective.tasks],
@@ -187,6 +188,11 @@ def _check(model: ModelConfig, objective: ObjectiveConfig, *, actions: tuple[str
             "embeddings are summed into tokens; make the two equal, or set model.token_hidden"
         )
     if objective.kind == "next_item":
+        if model.channels:
+            raise ValueError(
+                f"model.channels={sorted(model.channels)} encode targets, which objective.kind='next_item' does not "
+                "have; remove them, or choose kind='ranking'"
+            )
         if model.backbone in TARGET_ONLY:
             raise ValueError(
                 f"model.backbone={model.backbone!r} encodes targets, which objective.kind='next_item' does not have; "

@@ -19,6 +19,8 @@ class Limits:
     num_contextual: int
     max_history: int
     max_targets: int
+    actions: tuple[str, ...] = ()
+    """The dataset's actions, in the order of their bits."""
     context_sees_history: bool
     """Contextual tokens attend to the whole history; else they are the first tokens of a causal sequence."""
 
@@ -33,6 +35,7 @@ class Limits:
             num_contextual=self.num_contextual,
             max_history=min(num_events, self.max_history),
             max_targets=self.max_targets,
+            actions=self.actions,
             context_sees_history=self.context_sees_history,
         )
 
@@ -54,6 +57,8 @@ class Sequences:
     """[S]"""
     query_timestamps: Tensor
     """[S], the time a token counts from when it looks at others."""
+    actions: Tensor | None = None
+    """[S], bitmask of what came of an event, 0 of contextual tokens and targets; only where the backbone reads it."""
 
     @property
     def sequence_of_token(self) -> Tensor:
@@ -100,4 +105,5 @@ class Sequences:
             num_targets=self.num_targets,
             timestamps=self.timestamps[rows],
             query_timestamps=self.query_timestamps[rows],
+            actions=None if self.actions is None else self.actions[rows],
         )

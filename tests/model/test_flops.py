@@ -75,6 +75,13 @@ SETTINGS = {
     "concat": {"num_layers": 2, "gating": "concat", "activation": "u"},
     "no gate": {"num_layers": 1, "gating": "none"},
     "tail": {"num_layers": 1, "tail": {"num_layers": 2, "num_events": 5}},
+    "mixture": {
+        "num_layers": 1,
+        "channels": {
+            "short": {"actions": ["a"], "num_events": 4, "num_layers": 3},
+            "long": {"actions": ["a", "b"], "num_events": 9},
+        },
+    },
     **{
         name: {"num_layers": 1 if name == "din" else 2, "backbone": name}
         for name in sorted(BACKBONES.keys() - {"hstu"})
@@ -97,11 +104,17 @@ def every_pair(monkeypatch):
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_torch_counts_as_many_operations_as_the_formula_once_every_pair_is_computed(settings):
     config = ModelConfig(width=12, num_heads=2, qk_dim=4, value_dim=6, ffn_width=10, **settings)
-    limits = Limits(num_contextual=CONTEXTUAL, max_history=HISTORY, max_targets=TARGETS, context_sees_history=True)
+    limits = Limits(
+        num_contextual=CONTEXTUAL,
+        max_history=HISTORY,
+        max_targets=TARGETS,
+        actions=("a", "b"),
+        context_sees_history=True,
+    )
     sample = Sample(contextual=CONTEXTUAL, history=HISTORY, targets=TARGETS)
     backbone = build_backbone(config, limits)
     times = torch.arange(sample.tokens)
-    seqs = Sequences(torch.tensor([0, sample.tokens]), torch.tensor([TARGETS]), times, times)
+    seqs = Sequences(torch.tensor([0, sample.tokens]), torch.tensor([TARGETS]), times, times, torch.ones_like(times))
     x = torch.randn(sample.tokens, config.width, requires_grad=True)
     # Of its fused attention torch counts nothing on the CPU.
     with FlopCounterMode(display=False) as forward, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -134,6 +147,8 @@ def scores_made_again(config, sample):
     layers = [sample] * config.num_layers
     if config.tail is not None:
         layers += [sample.newest(config.tail.num_events)] * config.tail.num_layers
+    if config.channels:
+        layers = [sample.newest(4)] * 3 + [sample.newest(9)]
     pairs = sum(s.tokens**2 for s in layers)
     if config.backbone == "stca":
         pairs = config.num_layers * TARGETS * sample.tokens
@@ -151,13 +166,18 @@ def test_rematerialising_costs_one_more_projection():
 
 @pytest.mark.usefixtures("every_pair")
 @pytest.mark.parametrize("token_hidden", [None, 7])
-@pytest.mark.parametrize("kind", ["ranking", "next_item"])
+@pytest.mark.parametrize("kind", ["ranking", "experts", "next_item"])
 def test_torch_counts_as_many_operations_of_a_whole_model(
     kind, token_hidden, features, actions, random_sample, collate, tables
 ):
-    ranking, width = kind == "ranking", 8
+    ranking, width = kind != "next_item", 8
     config = ModelConfig(width=width, num_layers=2, num_heads=2, token_hidden=token_hidden)
-    objective = ObjectiveConfig(kind=kind, tasks=actions[:2] if ranking else (), head_hidden=5)
+    objective = ObjectiveConfig(
+        kind="ranking" if ranking else kind,
+        tasks=actions[:2] if ranking else (),
+        head_hidden=5,
+        num_experts=4 if kind == "experts" else 0,
+    )
     embedding_dim = width if token_hidden is None else 6
     model = build_model(
         config,
