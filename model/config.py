@@ -114,6 +114,9 @@ class ModelConfig(BaseModel):
     rematerialize: bool = False
     """Keep of each layer its input, its attention output and statistics, and compute u, v, q and k again in the
     backward pass: less memory for one more projection; the results are the same bit for bit."""
+    tokens: Literal["merged", "interleaved"] = "merged"
+    """An event of the history is one token, content plus action (ULTRA-HSTU), or two, content then action (HSTU's
+    first form: twice the length, four times the attention). Windows then count tokens."""
     target_action: Literal["zero", "learned"] = "zero"
     """What stands for the action of a target, whose own is the label: nothing (ULTRA-HSTU), or a learned vector
     (the authors' industrial variant)."""
@@ -140,6 +143,11 @@ class ModelConfig(BaseModel):
         _check_window("model", self)
         if (self.rope or self.backbone == "llama") and self.qk_dim % 2:
             raise ValueError(f"model.qk_dim={self.qk_dim} is odd; rotary positions turn pairs of columns: make it even")
+        if self.tokens == "interleaved" and self.target_action == "learned":
+            raise ValueError(
+                "model.target_action='learned' is part of a target's token, and with model.tokens='interleaved' "
+                "actions have tokens of their own; use 'zero'"
+            )
         if self.gating == "none" and self.activation == "u":
             raise ValueError("model.activation='u' activates a gate that model.gating='none' leaves out; use 'uvqk'")
         return self

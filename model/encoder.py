@@ -53,14 +53,17 @@ class SequenceEncoder(nn.Module):
         context_sees_history: bool,
     ) -> None:
         super().__init__()
+        self.interleaved = config.tokens == "interleaved"
         limits = Limits(
             num_contextual=len(features_of(features, "user")),
             max_history=max_history,
             max_targets=max_targets,
+            tokens_per_event=2 if self.interleaved else 1,
             actions=actions,
             context_sees_history=context_sees_history,
         )
         self.num_contextual = limits.num_contextual
+        self.width = config.width
         self.content = ContentEncoder(config, features=features, embedding_dim=embedding_dim)
         self.action: ActionEncoder | None = None
         if actions or features_of(features, "outcome"):
@@ -86,11 +89,13 @@ class SequenceEncoder(nn.Module):
 
     def forward(self, batch: Batch, embeddings: dict[str, Tensor]) -> Encoded:
         """Encode a batch; `embeddings`: "item" [T, D], and for each `hash` feature [T, D] or, of users, [B, D]."""
-        layout = Layout.of(batch, num_contextual=self.num_contextual)
+        layout = Layout.of(batch, num_contextual=self.num_contextual, interleaved=self.interleaved)
         content_TE = self.content(batch, embeddings)
-        x_SE = self.event_tokens(batch, embeddings, layout, content_TE)
-        if self.context is not None:
-            x_SE = layout.join(self.context_tokens(layout, self.context(batch, embeddings)), x_SE)
+        context_BCE = self.context_tokens(batch, embeddings, layout)
+        if self.interleaved:
+            x_SE = layout.join(context_BCE, *self.two_tokens(batch, embeddings, layout, content_TE))
+        else:
+            x_SE = layout.join(context_BCE, self.event_tokens(batch, embeddings, layout, content_TE))
         sequences = Sequences(
             offsets=layout.offsets,
             num_targets=layout.num_targets,
@@ -103,23 +108,37 @@ class SequenceEncoder(nn.Module):
     def actions(self, batch: Batch, layout: Layout) -> Tensor:
         """Bitmasks of all tokens, [S]; contextual tokens have none."""
         none = batch.actions.new_zeros(batch.num_targets.numel(), self.num_contextual)
-        return layout.join(none, batch.actions)
+        return layout.join(none, batch.actions, batch.actions)
 
     def event_tokens(self, batch: Batch, embeddings: dict[str, Tensor], layout: Layout, content_TE: Tensor) -> Tensor:
         """Tokens [T, E]: content, action, position and time of every event."""
         x_TE = content_TE
         if self.action is not None:
             x_TE = x_TE + self.action(batch, embeddings, layout.is_target)
+        return self.place(x_TE, batch, layout)
+
+    def two_tokens(
+        self, batch: Batch, embeddings: dict[str, Tensor], layout: Layout, content_TE: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [T, E] of what every event shows, and as many of what came of it, each with position and time."""
+        assert self.action is not None
+        outcome_TE = self.action(batch, embeddings, layout.is_target)
+        return self.place(content_TE, batch, layout), self.place(outcome_TE, batch, layout, second=True)
+
+    def place(self, x_TE: Tensor, batch: Batch, layout: Layout, *, second: bool = False) -> Tensor:
+        """Scale the tokens and add their position and time, [T, E]."""
         x_TE = self.scale * x_TE
         if self.position is not None:
-            x_TE = x_TE + self.position.events(layout)
+            x_TE = x_TE + self.position.events(layout, second=second)
         if self.time is not None:
             x_TE = x_TE + self.time(layout, batch.timestamps)
         return x_TE
 
-    def context_tokens(self, layout: Layout, context_BCE: Tensor) -> Tensor:
+    def context_tokens(self, batch: Batch, embeddings: dict[str, Tensor], layout: Layout) -> Tensor:
         """Tokens [B, C, E]: the user features' vectors, and their positions."""
-        context_BCE = self.scale * context_BCE
+        if self.context is None:
+            return embeddings["item"].new_zeros(batch.num_targets.numel(), 0, self.width)
+        context_BCE = self.scale * self.context(batch, embeddings)
         if self.position is not None:
             context_BCE = context_BCE + self.position.context(layout)
         return context_BCE

@@ -9,6 +9,7 @@ multiply q and k again (arXiv 2205.14135, section 3.1), as every implementation 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -49,6 +50,8 @@ class Sample:
     contextual: int = 0
     history: int
     targets: int = 0
+    tokens_per_event: int = 1
+    """How many tokens of the history an event is."""
 
     @property
     def tokens(self) -> int:
@@ -57,7 +60,7 @@ class Sample:
 
     def newest(self, num_events: int) -> Sample:
         """This sample cut to the newest `num_events` events of its history."""
-        return Sample(contextual=self.contextual, history=min(self.history, num_events), targets=self.targets)
+        return dataclasses.replace(self, history=min(self.history, num_events * self.tokens_per_event))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,8 +114,16 @@ def visible_pairs(mask: AttentionMask, sample: Sample) -> int:
     return int((seen + itself).sum())
 
 
+def in_tokens(config: ModelConfig, sample: Sample) -> Sample:
+    """A sample counted in events as the tokens that the backbone gets for it."""
+    if config.tokens == "merged":
+        return sample
+    return dataclasses.replace(sample, history=2 * sample.history, tokens_per_event=2)
+
+
 def backbone_flops(config: ModelConfig, sample: Sample, *, context_sees_history: bool = True) -> Flops:
     """The backbone's operations on one sample; tokens in to tokens out."""
+    sample = in_tokens(config, sample)
     limits = Limits(
         num_contextual=sample.contextual,
         max_history=sample.history,
@@ -259,6 +270,7 @@ def hstu_activation_bytes(config: ModelConfig, sample: Sample, *, bytes_per_valu
 
     The residual stream is float32; u, v, q, k and the attention are of `bytes_per_value` (2 under bfloat16).
     """
+    sample = in_tokens(config, sample)
     lengths = [sample.tokens] * config.num_layers
     if config.tail is not None:
         lengths += [sample.newest(config.tail.num_events).tokens] * config.tail.num_layers

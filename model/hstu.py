@@ -210,14 +210,14 @@ class Tail(nn.Module):
         assert config.tail is not None
         tail = config.tail
         self.num_events = tail.num_events
-        self.num_contextual = limits.num_contextual
+        self.limits = limits
         mask = limits.mask(window=tail.window, full_tail=tail.full_tail, prefix=tail.prefix)
         max_seq_len = limits.newest(tail.num_events).max_seq_len
         self.layers = _layers(config, tail.num_layers, max_seq_len=max_seq_len, mask=mask)
 
     def forward(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
         """Tokens [S, E] to tokens [S, E]."""
-        is_newest_S = sequences.is_newest(self.num_events, num_contextual=self.num_contextual)
+        is_newest_S = sequences.is_newest(self.num_events, self.limits)
         rows, newest = sequences.keep(is_newest_S)
         kept_SE = x_SE.index_select(0, rows)
         for layer in self.layers:

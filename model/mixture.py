@@ -31,7 +31,7 @@ class Channel(nn.Module):
                 f"{list(limits.actions)}"
             )
         self.num_events = channel.num_events
-        self.num_contextual = limits.num_contextual
+        self.limits = limits
         self.action_mask = sum(1 << limits.actions.index(action) for action in channel.actions)
         layers = config.num_layers if channel.num_layers is None else channel.num_layers
         self.stack = HSTUStack(config.model_copy(update={"num_layers": layers}), limits.newest(channel.num_events))
@@ -40,9 +40,9 @@ class Channel(nn.Module):
         """What the targets become, [targets, E]."""
         assert sequences.actions is not None
         is_chosen = (sequences.actions & self.action_mask) != 0
-        is_chosen = is_chosen | (sequences.indices < self.num_contextual) | sequences.is_target
+        is_chosen = is_chosen | (sequences.indices < self.limits.num_contextual) | sequences.is_target
         chosen, of_channel = sequences.keep(is_chosen)
-        newest, of_channel = of_channel.keep(of_channel.is_newest(self.num_events, num_contextual=self.num_contextual))
+        newest, of_channel = of_channel.keep(of_channel.is_newest(self.num_events, self.limits))
         out: Tensor = self.stack(x_SE.index_select(0, chosen[newest]), of_channel)
         return out[of_channel.is_target]
 

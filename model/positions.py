@@ -32,10 +32,14 @@ class PositionEncoder(nn.Module):
             std = width**-0.5
             nn.init.trunc_normal_(self.vectors.weight, std=std, a=-2 * std, b=2 * std)
 
-    def events(self, layout: Layout) -> Tensor:
-        """Vectors [T, E]."""
+    def events(self, layout: Layout, *, second: bool = False) -> Tensor:
+        """Vectors [T, E] of the events' tokens; interleaved, of their first, or, if `second`, of those after them."""
         end = layout.num_history[layout.sample_of_event]
         index = torch.minimum(layout.index_of_event, end)
+        if layout.interleaved:
+            # The second token of a target is never read; held at the end, so that its number stays within the table.
+            end = 2 * end
+            index = torch.minimum(2 * index + int(second), end)
         return self.vectors(layout.num_contextual + (end - index if self.from_end else index))
 
     def context(self, layout: Layout) -> Tensor:

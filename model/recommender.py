@@ -19,7 +19,7 @@ from .backbones import TARGET_ONLY
 from .config import ModelConfig, ObjectiveConfig
 from .encoder import SequenceEncoder
 from .heads import RankingHead, UserVectorHead
-from .inputs import Features
+from .inputs import Features, features_of
 from .losses import full_softmax, multi_task_bce, normalize, sampled_softmax
 
 Embeddings = dict[str, Tensor]
@@ -74,7 +74,7 @@ class RankingModel(nn.Module):
         """
         encoded = self.encoder(batch, embeddings)
         targets_M = encoded.layout.target_events(batch.labels.numel())
-        logits_MK = self.head(encoded.tokens[encoded.layout.rows(targets_M)], encoded.content[targets_M])
+        logits_MK = self.head(encoded.tokens[encoded.layout.last_rows(targets_M)], encoded.content[targets_M])
         labels_MK = (batch.labels[:, None] >> self.task_bits & 1).to(logits_MK.dtype)
         loss = multi_task_bce(logits_MK, labels_MK, self.task_weights)
         return loss, RankingOutput(logits=logits_MK, labels=labels_MK, users=batch.users)
@@ -101,7 +101,7 @@ class NextItemModel(nn.Module):
         encoded = self.encoder(batch, embeddings)
         if self.training:
             events_T = torch.arange(batch.labels.numel(), device=batch.labels.device)
-            users_MD = self.head(encoded.tokens[encoded.layout.rows(events_T)])
+            users_MD = self.head(encoded.tokens[encoded.layout.last_rows(events_T)])
             loss = self.loss(users_MD, batch, embeddings)
         else:
             users_MD = self.head(encoded.last_tokens(batch.labels.numel()))
@@ -147,7 +147,7 @@ def build_model(
     sample (next item: `max_targets` is 0). Raises ValueError for a task that is no action of the dataset, and for
     settings that do not go together.
     """
-    _check(model, objective, actions=actions, embedding_dim=embedding_dim)
+    _check(model, objective, features=features, actions=actions, embedding_dim=embedding_dim)
     is_ranking = objective.kind == "ranking"
     encoder = SequenceEncoder(
         model,
@@ -175,13 +175,21 @@ def build_model(
     )
 
 
-def _check(model: ModelConfig, objective: ObjectiveConfig, *, actions: tuple[str, ...], embedding_dim: int) -> None:
+def _check(
+    model: ModelConfig, objective: ObjectiveConfig, *, features: Features, actions: tuple[str, ...], embedding_dim: int
+) -> None:
     for task in objective.tasks:
         if task not in actions:
             raise ValueError(
                 f"objective.tasks names {task!r}, which is no action of the dataset; choose from {list(actions)}, "
                 f"or prepare the log again with --action {task}"
             )
+    has_outcomes = bool(actions) or bool(features_of(features, "outcome"))
+    if model.tokens == "interleaved" and not has_outcomes:
+        raise ValueError(
+            "model.tokens='interleaved' gives what came of an event a token, but the dataset has no actions and the "
+            "recipe no outcome features; use 'merged', or prepare the log with --action"
+        )
     if model.token_hidden is None and model.width != embedding_dim:
         raise ValueError(
             f"model.width={model.width} differs from embeddings.dim={embedding_dim}, and without model.token_hidden "

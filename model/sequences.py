@@ -19,6 +19,8 @@ class Limits:
     num_contextual: int
     max_history: int
     max_targets: int
+    tokens_per_event: int = 1
+    """2 where what an event of the history shows and what came of it are tokens of their own."""
     actions: tuple[str, ...] = ()
     """The dataset's actions, in the order of their bits."""
     context_sees_history: bool
@@ -27,7 +29,7 @@ class Limits:
     @property
     def max_seq_len(self) -> int:
         """N, the longest sequence possible."""
-        return self.num_contextual + self.max_history + self.max_targets
+        return self.num_contextual + self.tokens_per_event * self.max_history + self.max_targets
 
     def newest(self, num_events: int) -> Limits:
         """The limits of sequences cut to the newest `num_events` events of their history."""
@@ -35,6 +37,7 @@ class Limits:
             num_contextual=self.num_contextual,
             max_history=min(num_events, self.max_history),
             max_targets=self.max_targets,
+            tokens_per_event=self.tokens_per_event,
             actions=self.actions,
             context_sees_history=self.context_sees_history,
         )
@@ -87,11 +90,11 @@ class Sequences:
         """Whether each token is a target, [S] bool."""
         return self.indices >= self.history_ends[self.sequence_of_token]
 
-    def is_newest(self, num_events: int, *, num_contextual: int) -> Tensor:
-        """Whether a token is contextual, among the newest `num_events` of its history, or a target; [S] bool."""
+    def is_newest(self, num_events: int, limits: Limits) -> Tensor:
+        """Whether a token is contextual, of the newest `num_events` of its history, or a target; [S] bool."""
         indices = self.indices
-        begins = self.history_ends[self.sequence_of_token] - num_events
-        return (indices < num_contextual) | (indices >= begins)
+        begins = self.history_ends[self.sequence_of_token] - num_events * limits.tokens_per_event
+        return (indices < limits.num_contextual) | (indices >= begins)
 
     def keep(self, is_kept: Tensor) -> tuple[Tensor, Sequences]:
         """The rows of some of the tokens, [kept], and the sequences that they form; `is_kept` [S] keeps all targets.

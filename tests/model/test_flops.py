@@ -74,6 +74,7 @@ SETTINGS = {
     "hstu": {"num_layers": 2},
     "concat": {"num_layers": 2, "gating": "concat", "activation": "u"},
     "no gate": {"num_layers": 1, "gating": "none"},
+    "interleaved": {"num_layers": 1, "tokens": "interleaved", "tail": {"num_layers": 2, "num_events": 3}},
     "tail": {"num_layers": 1, "tail": {"num_layers": 2, "num_events": 5}},
     "mixture": {
         "num_layers": 1,
@@ -109,13 +110,15 @@ def test_torch_counts_as_many_operations_as_the_formula_once_every_pair_is_compu
         max_history=HISTORY,
         max_targets=TARGETS,
         actions=("a", "b"),
+        tokens_per_event=1 + (settings.get("tokens") == "interleaved"),
         context_sees_history=True,
     )
     sample = Sample(contextual=CONTEXTUAL, history=HISTORY, targets=TARGETS)
     backbone = build_backbone(config, limits)
-    times = torch.arange(sample.tokens)
-    seqs = Sequences(torch.tensor([0, sample.tokens]), torch.tensor([TARGETS]), times, times, torch.ones_like(times))
-    x = torch.randn(sample.tokens, config.width, requires_grad=True)
+    num_tokens = limits.max_seq_len
+    times = torch.arange(num_tokens)
+    seqs = Sequences(torch.tensor([0, num_tokens]), torch.tensor([TARGETS]), times, times, torch.ones_like(times))
+    x = torch.randn(num_tokens, config.width, requires_grad=True)
     # Of its fused attention torch counts nothing on the CPU.
     with FlopCounterMode(display=False) as forward, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         out = backbone(x, seqs)
@@ -142,6 +145,8 @@ def padded_pairs(config, extra, shorter):
 
 
 def scores_made_again(config, sample):
+    if config.tokens == "interleaved":
+        sample = Sample(contextual=CONTEXTUAL, history=2 * HISTORY, targets=TARGETS, tokens_per_event=2)
     if config.backbone == "din":
         return 0
     layers = [sample] * config.num_layers

@@ -52,6 +52,8 @@ BY_NAME = {
     "ultra": ULTRA,
     "softmax": {**RESEARCH, "attention": "softmax"},
     "no gate, rope": {**PLAIN, "gating": "none", "rope": True},
+    "interleaved": {**RESEARCH, "tokens": "interleaved"},
+    "interleaved ultra": {**ULTRA, "tokens": "interleaved", "target_action": "zero"},
     "sasrec": {**PLAIN, "backbone": "sasrec"},
     "llama": {**PLAIN, "backbone": "llama"},
     "fuxi_alpha": {**PLAIN, "backbone": "fuxi_alpha"},
@@ -66,7 +68,17 @@ def ranks_only(settings):
     return settings.get("backbone") in TARGET_ONLY or "channels" in settings
 
 
-POSITIONS_SHARED_BY_TARGETS = ("industrial", "ultra", "no gate, rope", "sasrec", "llama", "din", "stca", "mixture")
+POSITIONS_SHARED_BY_TARGETS = (
+    "industrial",
+    "ultra",
+    "interleaved ultra",
+    "no gate, rope",
+    "sasrec",
+    "llama",
+    "din",
+    "stca",
+    "mixture",
+)
 EVERY_BACKBONE = pytest.mark.parametrize("settings", BY_NAME.values(), ids=BY_NAME.keys())
 CAUSAL_BACKBONES = pytest.mark.parametrize(
     "settings",
@@ -527,6 +539,11 @@ def test_dropout_acts_in_training_only(features, actions, samples, collate, tabl
     assert torch.equal(model(batch, embeddings)[1].logits, model(batch, embeddings)[1].logits)
 
 
+def test_interleaved_tokens_need_something_that_came_of_an_event():
+    with pytest.raises(ValueError, match=r"model\.tokens='interleaved' gives what came .* use 'merged'"):
+        make({**PLAIN, "tokens": "interleaved"}, NEXT_ITEM, {}, ())
+
+
 def test_a_dataset_without_actions_trains_the_next_item(walks, collate, tables):
     model, rows = make(causal(RESEARCH), NEXT_ITEM, {}, ()), tables(E)
     assert isinstance(model, NextItemModel)
@@ -559,6 +576,11 @@ def test_a_dataset_without_actions_trains_the_next_item(walks, collate, tables):
             {**PLAIN, "channels": MIXTURE},
             NEXT_ITEM,
             r"model\.channels=\['engaged', 'watched'\] encode targets, .* remove them",
+        ),
+        (
+            {**PLAIN, "tokens": "interleaved", "target_action": "learned"},
+            NEXT_ITEM,
+            r"model\.target_action='learned' is part of a target's token, .* use 'zero'",
         ),
         (BY_NAME["din"], NEXT_ITEM, r"model\.backbone='din' encodes targets, which .* choose another backbone"),
         (
