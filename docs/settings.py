@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from ultrarec.data.config import FeatureConfig
 from ultrarec.embeddings.config import EmbeddingOptimizerConfig
+from ultrarec.model.config import ChannelConfig, TailConfig
 from ultrarec.trainer.config import Config
 
 TARGET = Path(__file__).with_suffix(".md")
@@ -20,7 +21,11 @@ A recipe is one TOML file with these sections. `--set section.field=value` overr
 and a bare word is taken as a string. Unknown names and values outside their rules are refused before anything starts.
 This page is written from the code by `python docs/settings.py`.
 """
-NESTED = {"data": {"features.<name>": FeatureConfig}, "embeddings": {"optimizer": EmbeddingOptimizerConfig}}
+NESTED = {
+    "data": {"features.<name>": FeatureConfig},
+    "embeddings": {"optimizer": EmbeddingOptimizerConfig},
+    "model": {"tail": TailConfig, "channels.<name>": ChannelConfig},
+}
 
 
 def page() -> str:
@@ -47,6 +52,8 @@ def _section(name: str, model: type[BaseModel]) -> str:
 
 def _row(name: str, field: FieldInfo) -> str:
     default = "required" if field.is_required() else "none" if field.default is None else f"`{field.default!r}`"
+    if field.default_factory is not None:
+        default = "derived"
     if isinstance(field.default, BaseModel) or field.default == {}:
         default = "see below" if isinstance(field.default, BaseModel) else "empty"
     kind = _type(field.annotation).replace("|", "\\|")

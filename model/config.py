@@ -1,12 +1,57 @@
-"""The HSTU stack and what it is trained for: the `model` and `objective` sections of a recipe."""
+"""The model and what it is trained for: the `model` and `objective` sections of a recipe."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MOST_COLUMNS = 2**16
+MOST_EVENTS = 2**20
+
+
+def _own_width(values: dict[str, Any]) -> int:
+    return int(values["width"])
+
+
+def _own_share(values: dict[str, Any]) -> int:
+    return max(1, int(values["width"]) // int(values["num_heads"]))
+
+
+class TailConfig(BaseModel):
+    """Attention truncation (ULTRA-HSTU, arXiv 2602.16986): further layers that read the newest events only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    num_layers: int = Field(gt=0, le=1024)
+    """Layers after the `model.num_layers` that read the whole history."""
+    num_events: int = Field(gt=0, le=MOST_EVENTS)
+    """L', the newest events of the history that these layers keep; contextual tokens and targets stay too. Older
+    tokens leave as the layers before made them."""
+    window: int = Field(default=0, ge=0, le=MOST_EVENTS)
+    """As `model.window`, for these layers."""
+    full_tail: int = Field(default=0, ge=0, le=MOST_EVENTS)
+    """As `model.full_tail`, for these layers."""
+    prefix: int = Field(default=0, ge=0, le=MOST_EVENTS)
+    """As `model.prefix`, for these layers."""
+
+    @model_validator(mode="after")
+    def _window_is_set(self) -> TailConfig:
+        _check_window("model.tail", self)
+        return self
+
+
+class ChannelConfig(BaseModel):
+    """Mixture of transducers (ULTRA-HSTU, arXiv 2602.16986): one of several stacks, and the events that it reads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    actions: tuple[str, ...] = Field(min_length=1)
+    """The events of the history with any of these actions; contextual tokens and targets are read by every channel."""
+    num_events: int = Field(gt=0, le=MOST_EVENTS)
+    """The newest of them that are read."""
+    num_layers: int | None = Field(default=None, gt=0, le=1024)
+    """Layers of this stack; default: `model.num_layers`. All else is that of `model`."""
 
 
 class ModelConfig(BaseModel):
@@ -14,31 +59,51 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    backbone: Literal["hstu", "sasrec", "llama", "fuxi_alpha", "din", "stca"] = "hstu"
+    """What stands between input tokens and head. `din` and `stca` let targets read the history: ranking only."""
     width: int = Field(gt=0, le=MOST_COLUMNS)
-    """E, the width of a token inside the stack."""
+    """E, the width of a token inside the backbone."""
     num_layers: int = Field(gt=0, le=1024)
     num_heads: int = Field(default=1, gt=0, le=1024)
-    qk_dim: int = Field(gt=0, le=MOST_COLUMNS)
-    """Columns of q and k per head."""
-    value_dim: int = Field(gt=0, le=MOST_COLUMNS)
-    """Columns of u and v per head."""
+    qk_dim: int = Field(default_factory=_own_share, gt=0, le=MOST_COLUMNS)
+    """Columns of q and k per head; default: width / num_heads."""
+    value_dim: int = Field(default_factory=_own_share, gt=0, le=MOST_COLUMNS)
+    """Columns of v, and of the gate u, per head; default: width / num_heads."""
+    ffn_width: int = Field(default_factory=_own_width, gt=0, le=MOST_COLUMNS)
+    """Hidden width of the feed-forward networks, and of `din`'s activation unit; `hstu` has none. Default: width."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """On the input tokens and before every output projection."""
     activation: Literal["uvqk", "u"] = "uvqk"
     """What SiLU is applied to after the projection: all four parts (the paper) or the gate only (industrial)."""
-    gating: Literal["norm_times_u", "concat"] = "norm_times_u"
-    """What the output projection reads: norm(attention) * u (the paper), or [u, attention, norm(attention) * u]."""
+    attention: Literal["silu", "softmax"] = "silu"
+    """What makes weights of scores: SiLU / N (the paper), or softmax, an ablation that pads the batch."""
+    gating: Literal["norm_times_u", "concat", "none"] = "norm_times_u"
+    """What the output projection reads: norm(attention) * u (the paper), [u, attention, norm(attention) * u], or, as
+    an ablation without u, norm(attention)."""
     norm: Literal["layer_norm", "group_norm"] = "layer_norm"
     """Normalisation of the attention output: over all heads, or per head."""
     norm_affine: bool = False
     """Learn scale and shift of the norms (the industrial variant)."""
     projection_bias: bool = False
     """Add a bias to the u, v, q, k projection (the industrial variant)."""
-    attention_alpha: Literal["one", "rsqrt"] = "one"
-    """Factor of <q, k>: 1 (research variant) or 1/sqrt(qk_dim) (industrial variant)."""
+    attention_alpha: Literal["one", "rsqrt", "reciprocal"] = "one"
+    """Factor of <q, k>: 1 (research variant), 1/sqrt(qk_dim) (industrial variant) or 1/qk_dim (the authors' layers for
+    16k events)."""
     relative_bias: Literal["none", "position", "position_time"] = "none"
     """Bias added to the scores in every layer, shared by its heads. It counts positions one by one, targets too: with
     several targets per sample, later ones stand further from the history than they will when scored alone."""
+    rope: bool = False
+    """Rotate q and k by their position (arXiv 2104.09864); all targets of a sample share one."""
+    window: int = Field(default=0, ge=0, le=MOST_EVENTS)
+    """K1 of semi-local attention (ULTRA-HSTU): a token sees itself and so many before it; 0 is all of them."""
+    full_tail: int = Field(default=0, ge=0, le=MOST_EVENTS)
+    """K2 of semi-local attention: the newest events of the history that, like targets, see beyond the window."""
+    prefix: int = Field(default=0, ge=0, le=MOST_EVENTS)
+    """K2 in its other reading: the oldest tokens that every token sees from beyond the window; targets see all."""
+    tail: TailConfig | None = None
+    """Attention truncation: more layers, over the newest events only."""
+    channels: dict[str, ChannelConfig] = {}
+    """Mixture of transducers, by name: a stack for each channel instead of one for all events (ranking only)."""
     position_encoding: Literal["none", "from_start", "from_end"] = "none"
     """Learned vector per position added to the input: counted from the oldest token, or back from the end of the
     history (ranking only). Tokens are scaled by sqrt(width) first, as in both published variants."""
@@ -52,9 +117,60 @@ class ModelConfig(BaseModel):
     fp8_projections: bool = False
     """Multiply by the weights of both projections of a layer in FP8 (e4m3, a scale per row), forward only: for GPUs
     that do so (sm_89 or later, gfx950, gfx12). CPUs emulate it, slowly."""
+    tokens: Literal["merged", "interleaved"] = "merged"
+    """An event of the history is one token, content plus action (ULTRA-HSTU), or two, content then action (HSTU's
+    first form: twice the length, four times the attention). Windows then count tokens."""
+    target_action: Literal["zero", "learned"] = "zero"
+    """What stands for the action of a target, whose own is the label: nothing (ULTRA-HSTU), or a learned vector
+    (the authors' industrial variant)."""
     token_hidden: int | None = Field(default=None, gt=0, le=MOST_COLUMNS)
     """Hidden width of the MLPs that make a token from item, features and actions; without it embeddings are summed,
     which needs embeddings.dim == model.width."""
+
+    @model_validator(mode="after")
+    def _settings_fit_the_backbone(self) -> ModelConfig:
+        if self.backbone != "hstu":
+            for name in HSTU_SETTINGS:
+                value, default = getattr(self, name), ModelConfig.model_fields[name].default
+                if value != default:
+                    raise ValueError(
+                        f"model.{name}={value!r} belongs to backbone='hstu', and backbone={self.backbone!r} would "
+                        "ignore it; remove it"
+                    )
+        if self.backbone == "din" and self.num_layers != 1:
+            raise ValueError(f"model.num_layers={self.num_layers}, but backbone='din' has one layer; set it to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _attention_settings_agree(self) -> ModelConfig:
+        _check_window("model", self)
+        if (self.rope or self.backbone == "llama") and self.qk_dim % 2:
+            raise ValueError(f"model.qk_dim={self.qk_dim} is odd; rotary positions turn pairs of columns: make it even")
+        if self.tokens == "interleaved" and self.target_action == "learned":
+            raise ValueError(
+                "model.target_action='learned' is part of a target's token, and with model.tokens='interleaved' "
+                "actions have tokens of their own; use 'zero'"
+            )
+        if self.gating == "none" and self.activation == "u":
+            raise ValueError("model.activation='u' activates a gate that model.gating='none' leaves out; use 'uvqk'")
+        return self
+
+
+HSTU_SETTINGS = (
+    *("activation", "attention", "gating", "norm", "projection_bias", "attention_alpha", "relative_bias", "rope"),
+    *("window", "full_tail", "prefix", "tail", "channels", "rematerialize"),
+)
+"""Settings that the other backbones do not read."""
+
+
+def _check_window(place: str, layers: TailConfig | ModelConfig) -> None:
+    """Refuse exemptions from a window that is not there."""
+    for name in ("full_tail", "prefix"):
+        value = getattr(layers, name)
+        if value and not layers.window:
+            raise ValueError(
+                f"{place}.{name}={value} exempts tokens from a window, and {place}.window=0 is none; set {place}.window"
+            )
 
 
 class ObjectiveConfig(BaseModel):
@@ -69,6 +185,9 @@ class ObjectiveConfig(BaseModel):
     """Ranking: weight of each task's loss; all 1 when empty."""
     head_hidden: int = Field(default=128, gt=0, le=MOST_COLUMNS)
     """Ranking: hidden width of the prediction head."""
+    num_experts: int = Field(default=0, ge=0, le=1024)
+    """Ranking: hidden layers of the head, which each task mixes by a gate of its own (MMoE, KDD 2018); 0 is a single
+    one that all tasks share."""
     loss: Literal["auto", "sampled_softmax", "full_softmax"] = "auto"
     """Next item: `auto` takes the full softmax up to `full_softmax_items` items."""
     full_softmax_items: int = Field(default=20_000, gt=0)

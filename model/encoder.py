@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..data.batch import Batch
-from ..kernels import AttentionMask, position_time_encoding
+from ..kernels import position_time_encoding
+from .backbones import build_backbone
 from .config import ModelConfig
-from .hstu import HSTUStack, Sequences
 from .inputs import ActionEncoder, ContentEncoder, ContextEncoder, Features, features_of
 from .layout import Layout
 from .positions import PositionEncoder, TimeEncoder
+from .sequences import Limits, Sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Encoded:
 
 
 class SequenceEncoder(nn.Module):
-    """Token encoders, position and time, dropout, and the HSTU stack.
+    """Token encoders, position and time, dropout, and the backbone.
 
     With `context_sees_history` contextual tokens attend to the whole history (the paper's mask). That is for models
     that predict targets only: where every position predicts, the history ahead would reach it through them, so there
@@ -46,66 +47,101 @@ class SequenceEncoder(nn.Module):
         config: ModelConfig,
         *,
         features: Features,
-        num_actions: int,
+        actions: tuple[str, ...],
         embedding_dim: int,
-        max_events: int,
+        max_history: int,
+        max_targets: int,
         context_sees_history: bool,
     ) -> None:
         super().__init__()
-        num_contextual = len(features_of(features, "user"))
-        max_seq_len = num_contextual + max_events
-        self.num_contextual = num_contextual
+        self.interleaved = config.tokens == "interleaved"
+        limits = Limits(
+            num_contextual=len(features_of(features, "user")),
+            max_history=max_history,
+            max_targets=max_targets,
+            tokens_per_event=2 if self.interleaved else 1,
+            actions=actions,
+            context_sees_history=context_sees_history,
+        )
+        self.num_contextual = limits.num_contextual
+        self.width = config.width
         self.content = ContentEncoder(config, features=features, embedding_dim=embedding_dim)
         self.action: ActionEncoder | None = None
-        if num_actions or features_of(features, "outcome"):
-            self.action = ActionEncoder(config, features=features, num_actions=num_actions, embedding_dim=embedding_dim)
+        if actions or features_of(features, "outcome"):
+            self.action = ActionEncoder(
+                config, features=features, num_actions=len(actions), embedding_dim=embedding_dim
+            )
         self.context: ContextEncoder | None = None
-        if num_contextual:
+        if limits.num_contextual:
             self.context = ContextEncoder(config, features=features, embedding_dim=embedding_dim)
         # Both published variants scale tokens so, but only where a position is added to them.
         self.scale = 1.0 if config.position_encoding == "none" else config.width**0.5
         self.position: PositionEncoder | None = None
         if config.position_encoding != "none":
-            self.position = PositionEncoder(config.position_encoding, max_seq_len=max_seq_len, width=config.width)
+            self.position = PositionEncoder(
+                config.position_encoding, max_seq_len=limits.max_seq_len, width=config.width
+            )
         self.time: TimeEncoder | None = None
         if config.time_encoding != "none":
             self.time = TimeEncoder(config.time_encoding, time_unit=config.time_unit, width=config.width)
         self.dropout = nn.Dropout(config.dropout)
-        mask = AttentionMask(num_contextual=num_contextual if context_sees_history else 0)
-        self.stack = HSTUStack(config, max_seq_len=max_seq_len, mask=mask)
+        self.stack = build_backbone(config, limits)
+        self.reads_actions = bool(config.channels)
 
     def forward(self, batch: Batch, embeddings: dict[str, Tensor]) -> Encoded:
         """Encode a batch; `embeddings`: "item" [T, D], and for each `hash` feature [T, D] or, of users, [B, D]."""
-        layout = Layout.of(batch, num_contextual=self.num_contextual)
+        layout = Layout.of(batch, num_contextual=self.num_contextual, interleaved=self.interleaved)
         content_TE = self.content(batch, embeddings)
-        x_SE = self.event_tokens(batch, embeddings, layout, content_TE)
-        if self.context is not None:
-            x_SE = layout.join(self.context_tokens(layout, self.context(batch, embeddings)), x_SE)
+        context_BCE = self.context_tokens(batch, embeddings, layout)
+        if self.interleaved:
+            x_SE = layout.join(context_BCE, *self.two_tokens(batch, embeddings, layout, content_TE))
+        else:
+            x_SE = layout.join(context_BCE, self.event_tokens(batch, embeddings, layout, content_TE))
         sequences = Sequences(
             offsets=layout.offsets,
             num_targets=layout.num_targets,
             timestamps=layout.join_times(batch.timestamps),
             query_timestamps=layout.join_times(batch.query_timestamps),
+            actions=self.actions(batch, layout) if self.reads_actions else None,
         )
         return Encoded(tokens=self.stack(self.dropout(x_SE), sequences), content=content_TE, layout=layout)
+
+    def actions(self, batch: Batch, layout: Layout) -> Tensor:
+        """Bitmasks of all tokens, [S]; contextual tokens have none."""
+        none = batch.actions.new_zeros(batch.num_targets.numel(), self.num_contextual)
+        return layout.join(none, batch.actions, batch.actions)
 
     def event_tokens(self, batch: Batch, embeddings: dict[str, Tensor], layout: Layout, content_TE: Tensor) -> Tensor:
         """Tokens [T, E]: content, action, position and time of every event."""
         x_TE = content_TE
         if self.action is not None:
             x_TE = x_TE + self.action(batch, embeddings, layout.is_target)
+        return self.place(x_TE, batch, layout)
+
+    def two_tokens(
+        self, batch: Batch, embeddings: dict[str, Tensor], layout: Layout, content_TE: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [T, E] of what every event shows, and as many of what came of it, each with position and time."""
+        assert self.action is not None
+        outcome_TE = self.action(batch, embeddings, layout.is_target)
+        return self.place(content_TE, batch, layout), self.place(outcome_TE, batch, layout, second=True)
+
+    def place(self, x_TE: Tensor, batch: Batch, layout: Layout, *, second: bool = False) -> Tensor:
+        """Scale the tokens and add their position and time, [T, E]."""
         return position_time_encoding(
             x_TE,
             position_weight_PE=None if self.position is None else self.position.vectors.weight,
-            positions_T=None if self.position is None else self.position.positions(layout),
+            positions_T=None if self.position is None else self.position.positions(layout, second=second),
             time_weight_KE=None if self.time is None else self.time.vectors.weight,
             buckets_T=None if self.time is None else self.time.buckets(layout, batch.timestamps),
             scale=self.scale,
         )
 
-    def context_tokens(self, layout: Layout, context_BCE: Tensor) -> Tensor:
+    def context_tokens(self, batch: Batch, embeddings: dict[str, Tensor], layout: Layout) -> Tensor:
         """Tokens [B, C, E]: the user features' vectors, and their positions."""
-        context_BCE = self.scale * context_BCE
+        if self.context is None:
+            return embeddings["item"].new_zeros(batch.num_targets.numel(), 0, self.width)
+        context_BCE = self.scale * self.context(batch, embeddings)
         if self.position is not None:
             context_BCE = context_BCE + self.position.context(layout)
         return context_BCE

@@ -6,12 +6,13 @@
 
 The research variant is the default of `ModelConfig`. The industrial one (the authors' DLRM-v3 `STULayer`) activates
 u only, learns the norms' scales, scales by 1/sqrt(D_qk), and projects [u, a, norm(a) * u].
+
+ULTRA-HSTU (arXiv 2602.16986) is a setting of the same layers: a semi-local mask (`window` and `full_tail` or
+`prefix`), and attention truncation (`tail`), whose layers read the newest events only.
 """
 
-# S = tokens of all sequences, B = sequences, E = model width, H = heads, D = head width (of q and k, or of u and v),
+# S = tokens of all sequences, E = model width, H = heads, D = head width (of q and k, or of u and v),
 # N = longest sequence possible
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +20,16 @@ from torch import Tensor, nn
 from ..kernels import AttentionMask, RelativeBias, gated_output, hstu_attention, new_seed, norm_uvqk
 from .config import ModelConfig
 from .layers import NORM_EPS, LayerNorm, full_precision, linear
+from .padded import Padded, softmax_attention
 from .rematerialize import rematerialized
+from .rotary import rotate
+from .sequences import Limits, Sequences
 
 BIAS_STD = 0.02
 NUM_TIME_BUCKETS = 128
 UVQK_STD = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class Sequences:
-    """Which tokens form a sequence, and when they happened; every tensor is int64."""
-
-    offsets: Tensor
-    """[B+1], where each sequence begins and ends among the S tokens."""
-    num_targets: Tensor
-    """[B], trailing tokens that see the tokens before them and themselves, but not each other."""
-    timestamps: Tensor
-    """[S]"""
-    query_timestamps: Tensor
-    """[S], the time a token counts from when it looks at others."""
+ALPHA_EXPONENTS = {"one": 0.0, "rsqrt": 0.5, "reciprocal": 1.0}
+"""The power of 1/qk_dim that multiplies <q, k>."""
 
 
 class RelativeBiasWeights(nn.Module):
@@ -91,15 +83,18 @@ class HSTULayer(nn.Module):
         self.max_seq_len = max_seq_len
         self.mask = mask
         self.num_heads = config.num_heads
-        self.concat = config.gating == "concat"
+        self.gating = config.gating
+        self.is_softmax = config.attention == "softmax"
+        self.rope = config.rope
         self.norm_per_head = config.norm == "group_norm"
         self.dropout = config.dropout
         self.rematerialize = config.rematerialize
         self.fp8 = config.fp8_projections
-        self.alpha = 1.0 if config.attention_alpha == "one" else config.qk_dim**-0.5
+        self.alpha = float(config.qk_dim ** -ALPHA_EXPONENTS[config.attention_alpha])
         value_width = config.num_heads * config.value_dim
-        self.widths = [value_width, value_width, config.num_heads * config.qk_dim, config.num_heads * config.qk_dim]
-        self.num_activated = sum(self.widths) if config.activation == "uvqk" else value_width
+        gate_width = 0 if config.gating == "none" else value_width
+        self.widths = [gate_width, value_width, config.num_heads * config.qk_dim, config.num_heads * config.qk_dim]
+        self.num_activated = sum(self.widths) if config.activation == "uvqk" else gate_width
 
         self.norm_input = LayerNorm(config.width, affine=config.norm_affine)
         self.uvqk = linear(config.width, sum(self.widths), bias=config.projection_bias)
@@ -115,7 +110,8 @@ class HSTULayer(nn.Module):
             affine=config.norm_affine,
         )
         # As published: the concatenating form has no output bias.
-        self.output = linear(value_width * (3 if self.concat else 1), config.width, bias=not self.concat)
+        concat = config.gating == "concat"
+        self.output = linear(value_width * (3 if concat else 1), config.width, bias=not concat)
 
     def forward(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
         """Tokens [S, E] to tokens [S, E]."""
@@ -127,7 +123,15 @@ class HSTULayer(nn.Module):
     def attend(self, x_SE: Tensor, sequences: Sequences, seed: Tensor | None) -> Tensor:
         """The layer's equations, without any state; `seed` says what dropout drops, None that it drops nothing."""
         u_SV, v_SHD, q_SHD, k_SHD = self.project(x_SE)
-        a_SHD = hstu_attention(
+        if self.rope:
+            positions_S = sequences.positions
+            q_SHD, k_SHD = rotate(q_SHD, positions_S), rotate(k_SHD, positions_S)
+        attention = self.softmax if self.is_softmax else self.silu
+        return self.gate(u_SV, attention(q_SHD, k_SHD, v_SHD, sequences), x_SE, seed)
+
+    def silu(self, q_SHD: Tensor, k_SHD: Tensor, v_SHD: Tensor, sequences: Sequences) -> Tensor:
+        """a [S, H, D] of the module's equations."""
+        return hstu_attention(
             q_SHD,
             k_SHD,
             v_SHD,
@@ -138,10 +142,16 @@ class HSTULayer(nn.Module):
             mask=self.mask,
             bias=None if self.bias is None else self.bias(sequences),
         )
-        return self.gate(u_SV, a_SHD, x_SE, seed)
+
+    def softmax(self, q_SHD: Tensor, k_SHD: Tensor, v_SHD: Tensor, sequences: Sequences) -> Tensor:
+        """a [S, H, D] with weights softmax_j(alpha <q_i, k_j> + bias_ij)."""
+        padded = Padded.of(sequences)
+        bias = None if self.bias is None else padded.bias(self.bias(sequences))
+        visible = padded.visible(self.mask)
+        return softmax_attention(q_SHD, k_SHD, v_SHD, padded, visible=visible, alpha=self.alpha, bias=bias)
 
     def project(self, x_SE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The gate u [S, H * D], and v, q, k [S, H, D], activated as configured."""
+        """The gate u [S, H * D], of ones where there is none, and v, q, k [S, H, D], activated as configured."""
         uvqk = norm_uvqk(
             x_SE,
             self.uvqk.weight,
@@ -153,6 +163,8 @@ class HSTULayer(nn.Module):
             fp8=self.fp8,
         )
         u_SV, v_SV, q_SK, k_SK = torch.split(uvqk, self.widths, dim=-1)
+        if self.gating == "none":
+            u_SV = torch.ones_like(v_SV)
         v_SHD, q_SHD, k_SHD = (x.view(len(x), self.num_heads, x.shape[1] // self.num_heads) for x in (v_SV, q_SK, k_SK))
         return u_SV, v_SHD, q_SHD, k_SHD
 
@@ -168,7 +180,7 @@ class HSTULayer(nn.Module):
             norm_weight_V=norm_weight_V,
             norm_bias_V=norm_bias_V,
             per_head=self.norm_per_head,
-            concat=self.concat,
+            concat=self.gating == "concat",
             dropout=self.dropout,
             seed=seed,
             eps=NORM_EPS,
@@ -177,16 +189,44 @@ class HSTULayer(nn.Module):
 
 
 class HSTUStack(nn.Module):
-    """`num_layers` HSTU layers under one mask."""
+    """`num_layers` layers over whole sequences, then those of `tail` over their newest events."""
 
-    def __init__(self, config: ModelConfig, *, max_seq_len: int, mask: AttentionMask) -> None:
+    def __init__(self, config: ModelConfig, limits: Limits) -> None:
         super().__init__()
-        layers = (HSTULayer(config, max_seq_len=max_seq_len, mask=mask) for _ in range(config.num_layers))
-        self.layers = nn.ModuleList(layers)
+        mask = limits.mask(window=config.window, full_tail=config.full_tail, prefix=config.prefix)
+        self.layers = _layers(config, config.num_layers, max_seq_len=limits.max_seq_len, mask=mask)
+        self.tail = None if config.tail is None else Tail(config, limits)
 
     def forward(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
         """Tokens [S, E] to tokens [S, E]; the residual stream stays float32 under autocast."""
         x_SE = full_precision(x_SE)
         for layer in self.layers:
             x_SE = layer(x_SE, sequences)
-        return x_SE
+        return x_SE if self.tail is None else self.tail(x_SE, sequences)
+
+
+class Tail(nn.Module):
+    """Attention truncation: layers over contextual tokens, the newest events and targets; other tokens pass by."""
+
+    def __init__(self, config: ModelConfig, limits: Limits) -> None:
+        super().__init__()
+        assert config.tail is not None
+        tail = config.tail
+        self.num_events = tail.num_events
+        self.limits = limits
+        mask = limits.mask(window=tail.window, full_tail=tail.full_tail, prefix=tail.prefix)
+        max_seq_len = limits.newest(tail.num_events).max_seq_len
+        self.layers = _layers(config, tail.num_layers, max_seq_len=max_seq_len, mask=mask)
+
+    def forward(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
+        """Tokens [S, E] to tokens [S, E]."""
+        is_newest_S = sequences.is_newest(self.num_events, self.limits)
+        rows, newest = sequences.keep(is_newest_S)
+        kept_SE = x_SE.index_select(0, rows)
+        for layer in self.layers:
+            kept_SE = layer(kept_SE, newest)
+        return x_SE.index_copy(0, rows, kept_SE)
+
+
+def _layers(config: ModelConfig, count: int, *, max_seq_len: int, mask: AttentionMask) -> nn.ModuleList:
+    return nn.ModuleList(HSTULayer(config, max_seq_len=max_seq_len, mask=mask) for _ in range(count))

@@ -1,7 +1,8 @@
 """From ids and embeddings to tokens: content + action for every event, and a token per user feature.
 
 A token says what was shown (content: the item, and features known when it is shown) and what came of it (action: the
-declared actions, and outcomes). Targets have content only; their action part is exactly zero, so no label can leak.
+declared actions, and outcomes). Targets have content only; their action part is zero, or one learned vector for all,
+so no label can leak.
 With `token_hidden` each part is an MLP over its concatenated embeddings, as in the authors' DLRM-v3 modules; without
 it each part is a plain sum.
 """
@@ -82,14 +83,19 @@ class ActionEncoder(nn.Module):
         self.action_weight = None
         if num_actions:
             self.action_weight = nn.Parameter(torch.empty(num_actions, action_dim).normal_(std=ACTION_STD))
+        self.target_action = None
+        if config.target_action == "learned":
+            self.target_action = nn.Parameter(torch.empty(config.width).normal_(std=ACTION_STD))
 
     def forward(self, batch: Batch, embeddings: dict[str, Tensor], is_target: Tensor) -> Tensor:
-        """Vectors [T, E], zero where `is_target` [T]."""
+        """Vectors [T, E]; where `is_target` [T] the same for all, zero or learned."""
         parts = self.tables(batch.features, embeddings)
         if self.action_weight is not None:
             parts.insert(0, self.embed_actions(batch.actions, self.action_weight))
         action_TE = sum(parts[1:], parts[0]) if self.mlp is None else self.mlp(torch.cat(parts, dim=-1))
-        return action_TE.masked_fill(is_target[:, None], 0)
+        if self.target_action is None:
+            return action_TE.masked_fill(is_target[:, None], 0)
+        return torch.where(is_target[:, None], self.target_action, action_TE)
 
     def embed_actions(self, actions: Tensor, weight: Tensor) -> Tensor:
         """Bitmasks [T] to the weights of their bits: side by side for the MLP, else their sum."""

@@ -28,6 +28,34 @@ class LayerNorm(nn.Module):
         return F.layer_norm(full_precision(x), (self.width,), self.weight, self.bias, NORM_EPS)
 
 
+class RMSNorm(nn.Module):
+    """x over its root mean square (arXiv 1910.07467), times a learned scale if `affine`; never in half precision."""
+
+    def __init__(self, width: int, *, affine: bool = True) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` [..., width]; float32 unless it is float64."""
+        return F.rms_norm(full_precision(x), (self.width,), self.weight, NORM_EPS)
+
+
+class SwiGLU(nn.Module):
+    """W_2 (silu(W_1 x) * W_3 x), without biases (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, *, hidden: int) -> None:
+        super().__init__()
+        self.gate = linear(width, hidden, bias=False)
+        self.up = linear(width, hidden, bias=False)
+        self.down = linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] to [..., width]."""
+        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return out
+
+
 class SwishLayerNorm(nn.Module):
     """x * sigmoid(LayerNorm(x)), the activation between linear layers in the industrial variant."""
 

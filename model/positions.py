@@ -32,10 +32,14 @@ class PositionEncoder(nn.Module):
             std = width**-0.5
             nn.init.trunc_normal_(self.vectors.weight, std=std, a=-2 * std, b=2 * std)
 
-    def positions(self, layout: Layout) -> Tensor:
-        """The position of each event, [T] int64."""
+    def positions(self, layout: Layout, *, second: bool = False) -> Tensor:
+        """The position of each event's token, [T] int64; interleaved, of its first, or, if `second`, of its second."""
         end = layout.num_history[layout.sample_of_event]
         index = torch.minimum(layout.index_of_event, end)
+        if layout.interleaved:
+            # The second token of a target is never read; held at the end, so that its number stays within the table.
+            end = 2 * end
+            index = torch.minimum(2 * index + int(second), end)
         return layout.num_contextual + (end - index if self.from_end else index)
 
     def context(self, layout: Layout) -> Tensor:

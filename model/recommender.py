@@ -1,8 +1,8 @@
 """The two models a recipe can ask for, whole: batch and embeddings in, summed loss and outputs out.
 
 `RankingModel` predicts the actions on target events from the history before them, `NextItemModel` the item that
-follows every event. Both are an HSTU stack (arXiv 2402.17152) over one token per event. Neither knows of ranks or
-tables: embeddings arrive looked up, and the loss is the sum over this rank's labels.
+follows every event. Both are a backbone (HSTU, or one to compare it with) over one token per event. Neither knows of
+ranks or tables: embeddings arrive looked up, and the loss is the sum over this rank's labels.
 """
 
 # T = events of all samples, B = samples, M = labelled predictions, C = candidates, E = model width,
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch
+from .backbones import TARGET_ONLY
 from .config import ModelConfig, ObjectiveConfig
 from .encoder import SequenceEncoder
 from .heads import RankingHead, UserVectorHead
-from .inputs import Features
+from .inputs import Features, features_of
 from .losses import full_softmax, multi_task_bce, normalize, sampled_softmax
 
 Embeddings = dict[str, Tensor]
@@ -73,7 +74,7 @@ class RankingModel(nn.Module):
         """
         encoded = self.encoder(batch, embeddings)
         targets_M = encoded.layout.target_events(batch.labels.numel())
-        logits_MK = self.head(encoded.tokens[encoded.layout.rows(targets_M)], encoded.content[targets_M])
+        logits_MK = self.head(encoded.tokens[encoded.layout.last_rows(targets_M)], encoded.content[targets_M])
         labels_MK = (batch.labels[:, None] >> self.task_bits & 1).to(logits_MK.dtype)
         loss = multi_task_bce(logits_MK, labels_MK, self.task_weights)
         return loss, RankingOutput(logits=logits_MK, labels=labels_MK, users=batch.users)
@@ -100,7 +101,7 @@ class NextItemModel(nn.Module):
         encoded = self.encoder(batch, embeddings)
         if self.training:
             events_T = torch.arange(batch.labels.numel(), device=batch.labels.device)
-            users_MD = self.head(encoded.tokens[encoded.layout.rows(events_T)])
+            users_MD = self.head(encoded.tokens[encoded.layout.last_rows(events_T)])
             loss = self.loss(users_MD, batch, embeddings)
         else:
             users_MD = self.head(encoded.last_tokens(batch.labels.numel()))
@@ -146,14 +147,15 @@ def build_model(
     sample (next item: `max_targets` is 0). Raises ValueError for a task that is no action of the dataset, and for
     settings that do not go together.
     """
-    _check(model, objective, actions=actions, embedding_dim=embedding_dim)
+    _check(model, objective, features=features, actions=actions, embedding_dim=embedding_dim)
     is_ranking = objective.kind == "ranking"
     encoder = SequenceEncoder(
         model,
         features=features,
-        num_actions=len(actions),
+        actions=actions,
         embedding_dim=embedding_dim,
-        max_events=max_history + max_targets,
+        max_history=max_history,
+        max_targets=max_targets,
         context_sees_history=is_ranking,
     )
     if not is_ranking:
@@ -165,6 +167,7 @@ def build_model(
             width=model.width,
             hidden=objective.head_hidden,
             num_tasks=len(objective.tasks),
+            num_experts=objective.num_experts,
             norm_affine=model.norm_affine,
         ),
         task_bits=[actions.index(task) for task in objective.tasks],
@@ -172,19 +175,37 @@ def build_model(
     )
 
 
-def _check(model: ModelConfig, objective: ObjectiveConfig, *, actions: tuple[str, ...], embedding_dim: int) -> None:
+def _check(
+    model: ModelConfig, objective: ObjectiveConfig, *, features: Features, actions: tuple[str, ...], embedding_dim: int
+) -> None:
     for task in objective.tasks:
         if task not in actions:
             raise ValueError(
                 f"objective.tasks names {task!r}, which is no action of the dataset; choose from {list(actions)}, "
                 f"or prepare the log again with --action {task}"
             )
+    has_outcomes = bool(actions) or bool(features_of(features, "outcome"))
+    if model.tokens == "interleaved" and not has_outcomes:
+        raise ValueError(
+            "model.tokens='interleaved' gives what came of an event a token, but the dataset has no actions and the "
+            "recipe no outcome features; use 'merged', or prepare the log with --action"
+        )
     if model.token_hidden is None and model.width != embedding_dim:
         raise ValueError(
             f"model.width={model.width} differs from embeddings.dim={embedding_dim}, and without model.token_hidden "
             "embeddings are summed into tokens; make the two equal, or set model.token_hidden"
         )
     if objective.kind == "next_item":
+        if model.channels:
+            raise ValueError(
+                f"model.channels={sorted(model.channels)} encode targets, which objective.kind='next_item' does not "
+                "have; remove them, or choose kind='ranking'"
+            )
+        if model.backbone in TARGET_ONLY:
+            raise ValueError(
+                f"model.backbone={model.backbone!r} encodes targets, which objective.kind='next_item' does not have; "
+                "choose another backbone, or kind='ranking'"
+            )
         _check_causal(model)
 
 

@@ -6,9 +6,13 @@ from torch import Tensor
 
 from ultrarec.kernels import AttentionMask
 from ultrarec.model.config import ModelConfig
-from ultrarec.model.hstu import HSTULayer, HSTUStack, Sequences
+from ultrarec.model.flops import Sample, hstu_activation_bytes
+from ultrarec.model.hstu import HSTULayer, HSTUStack
+from ultrarec.model.sequences import Limits, Sequences
 
 N = 16
+LIMITS = Limits(num_contextual=0, max_history=13, max_targets=3, context_sees_history=True)
+WITH_CONTEXT = Limits(num_contextual=1, max_history=12, max_targets=3, context_sees_history=True)
 LENGTHS = [5, 0, 1, 9, 16]
 TARGETS = [2, 0, 1, 0, 3]
 RESEARCH = {"width": 10, "num_layers": 1, "num_heads": 2, "qk_dim": 3, "value_dim": 4}
@@ -28,8 +32,17 @@ SWITCHES = [
     {"norm": "group_norm", "norm_affine": True},
     {"projection_bias": True},
     {"attention_alpha": "rsqrt"},
+    {"attention_alpha": "reciprocal"},
     {"relative_bias": "position"},
     {"relative_bias": "position_time"},
+    {"attention": "softmax"},
+    {"attention": "softmax", "relative_bias": "position_time", "attention_alpha": "rsqrt"},
+    {"gating": "none"},
+    {"rope": True, "qk_dim": 4},
+    {"window": 3},
+    {"window": 2, "full_tail": 3},
+    {"window": 2, "prefix": 3},
+    {"window": 2, "full_tail": 3, "attention": "softmax"},
 ]
 CASES = [
     pytest.param(RESEARCH, id="research"),
@@ -69,13 +82,28 @@ def silu(x: Tensor) -> Tensor:
     return x / (1 + (-x).exp())
 
 
-def is_visible(i: int, j: int, length: int, num_targets: int, num_contextual: int) -> bool:
+def is_visible(i, j, length, num_targets, num_contextual, *, window=0, full_tail=0, prefix=0) -> bool:
     history_end = length - num_targets
     if i == j:
         return True
     if i < num_contextual:
         return j < history_end
-    return j < min(i, history_end)
+    if j >= min(i, history_end):
+        return False
+    # Positions among which contextual tokens are one, and targets are one.
+    shared = max(num_contextual - 1, 0)
+    query, key, end = min(i, history_end) - shared, max(j - shared, 0), history_end - shared
+    is_near = window == 0 or query - key <= window
+    sees_all = (full_tail > 0 and query >= end - full_tail) or (prefix > 0 and i >= history_end)
+    return is_near or sees_all or (prefix > 0 and j < max(prefix, num_contextual))
+
+
+def rotated(x: Tensor, position: int) -> Tensor:
+    """RoPE as complex numbers: the pair (d, d + D/2) turned by position / 10000^(2 d / D)."""
+    half = len(x) // 2
+    turn = torch.tensor([position / 10_000 ** (d / half) for d in range(half)], dtype=torch.float64)
+    turned = torch.complex(x[:half], x[half:]) * torch.complex(turn.cos(), turn.sin())
+    return torch.cat([turned.real, turned.imag])
 
 
 def layer_of_one_sequence(layer, config, x, *, times, query_times, num_targets, num_contextual):
@@ -88,27 +116,35 @@ def layer_of_one_sequence(layer, config, x, *, times, query_times, num_targets, 
     uvqk = normed @ p["uvqk.weight"].T
     if config.projection_bias:
         uvqk = uvqk + p["uvqk.bias"]
-    u, v, q, k = uvqk.split([heads * dv, heads * dv, heads * qk, heads * qk], dim=1)
+    u, v, q, k = uvqk.split([0 if config.gating == "none" else heads * dv, heads * dv, heads * qk, heads * qk], dim=1)
     u = silu(u)
     if config.activation == "uvqk":
         v, q, k = silu(v), silu(q), silu(k)
-    alpha = 1.0 if config.attention_alpha == "one" else qk**-0.5
+    alpha = {"one": 1.0, "rsqrt": qk**-0.5, "reciprocal": 1 / qk}[config.attention_alpha]
+    longest, local = layer.max_seq_len, {name: getattr(layer.mask, name) for name in ("window", "full_tail", "prefix")}
     attended = []
     for h in range(heads):
         for i in range(len(x)):
-            row = x.new_zeros(dv)
-            for j in range(len(x)):
-                if not is_visible(i, j, len(x), num_targets, num_contextual):
-                    continue
-                score = alpha * (q[i, h * qk : (h + 1) * qk] @ k[j, h * qk : (h + 1) * qk])
+            keys = [j for j in range(len(x)) if is_visible(i, j, len(x), num_targets, num_contextual, **local)]
+            scores = []
+            for j in keys:
+                query, key = q[i, h * qk : (h + 1) * qk], k[j, h * qk : (h + 1) * qk]
+                if config.rope:
+                    query, key = (
+                        rotated(query, min(i, len(x) - num_targets)),
+                        rotated(key, min(j, len(x) - num_targets)),
+                    )
+                score = alpha * (query @ key)
                 if config.relative_bias != "none":
-                    score = score + p["bias.position_weight"][i - j + N - 1]
+                    score = score + p["bias.position_weight"][i - j + longest - 1]
                 if config.relative_bias == "position_time":
                     elapsed = max(1.0, abs(float(query_times[i] - times[j])))
                     bucket = int(torch.tensor(elapsed, dtype=torch.float64).log().div(0.301).floor().clamp(0, 128))
                     score = score + p["bias.time_weight"][bucket]
-                row = row + silu(score) / N * v[j, h * dv : (h + 1) * dv]
-            attended.append(row)
+                scores.append(score)
+            scores = torch.stack(scores)
+            weights = silu(scores) / longest if config.attention == "silu" else scores.exp() / scores.exp().sum()
+            attended.append(weights @ v[keys, h * dv : (h + 1) * dv])
     a = torch.stack(attended).view(heads, len(x), dv).transpose(0, 1)
     if config.norm == "group_norm":
         normed_a = norm(a)
@@ -119,7 +155,7 @@ def layer_of_one_sequence(layer, config, x, *, times, query_times, num_targets, 
         normed_a = norm(a.flatten(1))
         if config.norm_affine:
             normed_a = normed_a * p["norm_attention.norm.weight"] + p["norm_attention.norm.bias"]
-    gated = normed_a * u
+    gated = normed_a if config.gating == "none" else normed_a * u
     if config.gating == "concat":
         return x + torch.cat([u, a.flatten(1), gated], dim=1) @ p["output.weight"].T
     return x + gated @ p["output.weight"].T + p["output.bias"]
@@ -146,7 +182,8 @@ def formula(layer, config, x, seqs, num_contextual):
 @pytest.mark.parametrize("settings", CASES)
 def test_layer_is_the_papers_equations_with_their_gradients(settings):
     config, seqs = ModelConfig(**settings), sequences()
-    layer = random_layer(config, AttentionMask())
+    mask = AttentionMask(window=config.window, full_tail=config.full_tail, prefix=config.prefix)
+    layer = random_layer(config, mask)
     x = torch.randn(sum(LENGTHS), config.width, dtype=torch.float64, requires_grad=True)
     got, expected = layer(x, seqs), formula(layer, config, x, seqs, 0)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
@@ -170,7 +207,7 @@ def test_contextual_tokens_see_the_history_and_no_target():
 
 def test_stack_applies_its_layers_in_order():
     config = ModelConfig(**{**RESEARCH, "num_layers": 3})
-    stack = HSTUStack(config, max_seq_len=N, mask=AttentionMask()).double()
+    stack = HSTUStack(config, LIMITS).double()
     x, seqs = torch.randn(sum(LENGTHS), config.width, dtype=torch.float64), sequences()
     expected = x
     for layer in stack.layers:
@@ -178,10 +215,66 @@ def test_stack_applies_its_layers_in_order():
     torch.testing.assert_close(stack(x, seqs), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("num_contextual", [0, 2])
+@pytest.mark.parametrize("local", [{}, {"window": 2, "full_tail": 1}, {"window": 1, "prefix": 3}])
+def test_the_tail_reads_contextual_tokens_the_newest_events_and_targets_and_the_rest_passes_by(num_contextual, local):
+    lengths, targets = [7, 2, 12, 3, 16], [2, 0, 1, 1, 3]
+    settings = {**RESEARCH, "num_layers": 2, "relative_bias": "position", **local}
+    config = ModelConfig(**settings, tail={"num_layers": 2, "num_events": 4, **local})
+    limits = Limits(
+        num_contextual=num_contextual, max_history=13 - num_contextual, max_targets=3, context_sees_history=True
+    )
+    torch.manual_seed(0)
+    stack = HSTUStack(config, limits).double()
+    seqs = sequences(lengths, targets)
+    x = torch.randn(sum(lengths), config.width, dtype=torch.float64, requires_grad=True)
+    expected = x
+    for layer in stack.layers:
+        expected = formula(layer, config, expected, seqs, num_contextual)
+    rows = []
+    for begin, length, num_targets in zip(seqs.offsets.tolist(), lengths, targets, strict=False):
+        kept = [i for i in range(length) if i < num_contextual or i >= length - num_targets - 4]
+        rows.append(torch.tensor(kept) + begin)
+    chosen = torch.cat(rows)
+    cut = Sequences(
+        offsets=torch.tensor([0, *itertools.accumulate(map(len, rows))]),
+        num_targets=seqs.num_targets,
+        timestamps=seqs.timestamps[chosen],
+        query_timestamps=seqs.query_timestamps[chosen],
+    )
+    inner = expected[chosen]
+    for layer in stack.tail.layers:
+        assert layer.max_seq_len == num_contextual + 4 + 3
+        inner = formula(layer, config, inner, cut, num_contextual)
+    expected = expected.index_put((chosen,), inner)
+    got = stack(x, seqs)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    inputs, upstream = [x, *stack.parameters()], torch.randn_like(got)
+    for a, b in zip(
+        torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_a_tail_longer_than_the_history_is_more_layers():
+    torch.manual_seed(0)
+    whole = HSTUStack(ModelConfig(**{**RESEARCH, "num_layers": 3}), LIMITS)
+    cut = HSTUStack(ModelConfig(**RESEARCH, tail={"num_layers": 2, "num_events": 50}), LIMITS)
+    renamed = {
+        name: cut.state_dict()[f"tail.layers.{int(name.split('.')[1]) - 1}.{name.split('.', 2)[2]}"]
+        if not name.startswith("layers.0")
+        else cut.state_dict()[name]
+        for name in whole.state_dict()
+    }
+    whole.load_state_dict(renamed)
+    x, seqs = torch.randn(sum(LENGTHS), RESEARCH["width"]), sequences()
+    assert torch.equal(whole(x, seqs), cut(x, seqs))
+
+
 def test_the_residual_stream_is_float32_even_where_tokens_come_in_half():
     config = ModelConfig(**RESEARCH)
     layer = HSTULayer(config, max_seq_len=N, mask=AttentionMask())
-    stack = HSTUStack(config, max_seq_len=N, mask=AttentionMask())
+    stack = HSTUStack(config, LIMITS)
     x = torch.randn(sum(LENGTHS), config.width).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         u, v, q, k = layer.project(x)
@@ -280,7 +373,7 @@ def test_rematerialisation_changes_no_bit(settings, autocast):
     for rematerialize in (False, True):
         torch.manual_seed(0)
         config = ModelConfig(**{**settings, "num_layers": 2, "rematerialize": rematerialize})
-        stack = HSTUStack(config, max_seq_len=N, mask=AttentionMask(num_contextual=1))
+        stack = HSTUStack(config, WITH_CONTEXT)
         x = torch.randn(sum(LENGTHS), config.width)
         results.append(forward_and_gradients(stack, x, sequences(), autocast=autocast))
     assert all(torch.equal(kept, again) for kept, again in zip(*results, strict=True))
@@ -291,9 +384,7 @@ def test_rematerialisation_changes_no_bit(settings, autocast):
 def test_torch_compile_makes_one_graph_of_the_stack(settings, rematerialize):
     torch.compiler.reset()
     torch.manual_seed(0)
-    stack = HSTUStack(
-        ModelConfig(**settings, rematerialize=rematerialize), max_seq_len=N, mask=AttentionMask(num_contextual=1)
-    )
+    stack = HSTUStack(ModelConfig(**settings, rematerialize=rematerialize), WITH_CONTEXT)
     x, seqs = torch.randn(sum(LENGTHS), RESEARCH["width"]), sequences()
     eager = forward_and_gradients(stack, x, seqs)
     compiled = torch.compile(stack, fullgraph=True, backend="aot_eager")
@@ -326,4 +417,9 @@ def test_a_rematerialised_layer_keeps_the_attention_output_and_statistics(gating
     attention, mean_and_deviation = heads * value, 2
     uvqk = 2 * heads * (qk + value)
     assert kept == pytest.approx(4 * (attention + mean_and_deviation), abs=1)
+    for rematerialize, measured in ((False, all_kept), (True, kept)):
+        config = ModelConfig(**settings, gating=gating, rematerialize=rematerialize)
+        modelled = hstu_activation_bytes(config, Sample(history=num_tokens)) / num_tokens
+        # The model of costs counts a layer's input too, which was there before the layer ran.
+        assert modelled == pytest.approx(measured + 4 * width, abs=1)
     assert all_kept == pytest.approx(4 * (2 * uvqk + attention + 2 * mean_and_deviation), abs=1)

@@ -1,0 +1,45 @@
+"""What can stand between input tokens and head: one interface, and the table of its implementations."""
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .fuxi import FuXiAlpha
+from .hstu import HSTUStack
+from .mixture import Mixture
+from .sequences import Limits, Sequences
+from .target_attention import DIN, STCA
+from .transformer import Llama, SASRec
+
+
+class Backbone(Protocol):
+    """Jagged tokens in, jagged tokens out, `[S, E]` both: an nn.Module built from its settings and `Limits`.
+
+    A token sees earlier ones of its own sequence; targets see the history and not each other.
+    """
+
+    def __call__(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
+        """Encode the tokens of a batch."""
+
+
+BACKBONES: dict[str, type[nn.Module]] = {
+    "din": DIN,
+    "fuxi_alpha": FuXiAlpha,
+    "hstu": HSTUStack,
+    "llama": Llama,
+    "sasrec": SASRec,
+    "stca": STCA,
+}
+TARGET_ONLY = ("din", "stca")
+"""Backbones that encode targets, and nothing where there are none."""
+
+
+def build_backbone(config: ModelConfig, limits: Limits) -> nn.Module:
+    """The backbone of a recipe for sequences within these limits.
+
+    Raises ValueError where `model.channels` names an action that the dataset does not have.
+    """
+    if config.channels:
+        return Mixture(config, limits)
+    return BACKBONES[config.backbone](config, limits)

@@ -1,0 +1,112 @@
+"""What backbones know of their tokens: which form a sequence, what each is in it, and when it happened."""
+
+# S = tokens of all sequences, B = sequences, C = contextual tokens per sequence
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels import AttentionMask
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """How long a sequence `[contextual | history | targets]` can be, and what its front sees."""
+
+    num_contextual: int
+    max_history: int
+    max_targets: int
+    tokens_per_event: int = 1
+    """2 where what an event of the history shows and what came of it are tokens of their own."""
+    actions: tuple[str, ...] = ()
+    """The dataset's actions, in the order of their bits."""
+    context_sees_history: bool
+    """Contextual tokens attend to the whole history; else they are the first tokens of a causal sequence."""
+
+    @property
+    def max_seq_len(self) -> int:
+        """N, the longest sequence possible."""
+        return self.num_contextual + self.tokens_per_event * self.max_history + self.max_targets
+
+    def newest(self, num_events: int) -> Limits:
+        """The limits of sequences cut to the newest `num_events` events of their history."""
+        return Limits(
+            num_contextual=self.num_contextual,
+            max_history=min(num_events, self.max_history),
+            max_targets=self.max_targets,
+            tokens_per_event=self.tokens_per_event,
+            actions=self.actions,
+            context_sees_history=self.context_sees_history,
+        )
+
+    def mask(self, *, window: int = 0, full_tail: int = 0, prefix: int = 0) -> AttentionMask:
+        """The causal mask of these sequences, semi-local where a window is given."""
+        num_contextual = self.num_contextual if self.context_sees_history else 0
+        return AttentionMask(window=window, full_tail=full_tail, prefix=prefix, num_contextual=num_contextual)
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Which tokens form a sequence, and when they happened; every tensor is int64."""
+
+    offsets: Tensor
+    """[B+1], where each sequence begins and ends among the S tokens."""
+    num_targets: Tensor
+    """[B], trailing tokens that see the tokens before them and themselves, but not each other."""
+    timestamps: Tensor
+    """[S]"""
+    query_timestamps: Tensor
+    """[S], the time a token counts from when it looks at others."""
+    actions: Tensor | None = None
+    """[S], bitmask of what came of an event, 0 of contextual tokens and targets; only where the backbone reads it."""
+
+    @property
+    def sequence_of_token(self) -> Tensor:
+        """The sequence of each token, [S]."""
+        sequences = torch.arange(self.num_targets.numel(), device=self.offsets.device)
+        return torch.repeat_interleave(sequences, self.offsets.diff(), output_size=self.timestamps.numel())
+
+    @property
+    def history_ends(self) -> Tensor:
+        """How many tokens of each sequence stand before its targets, [B]."""
+        return self.offsets.diff() - self.num_targets
+
+    @property
+    def indices(self) -> Tensor:
+        """Each token's number in its sequence, from 0, [S]."""
+        tokens = torch.arange(self.timestamps.numel(), device=self.offsets.device)
+        return tokens - self.offsets[self.sequence_of_token]
+
+    @property
+    def positions(self) -> Tensor:
+        """As `indices`, but targets share that of the first: one is scored alike alone and among others; [S]."""
+        return torch.minimum(self.indices, self.history_ends[self.sequence_of_token])
+
+    @property
+    def is_target(self) -> Tensor:
+        """Whether each token is a target, [S] bool."""
+        return self.indices >= self.history_ends[self.sequence_of_token]
+
+    def is_newest(self, num_events: int, limits: Limits) -> Tensor:
+        """Whether a token is contextual, of the newest `num_events` of its history, or a target; [S] bool."""
+        indices = self.indices
+        begins = self.history_ends[self.sequence_of_token] - num_events * limits.tokens_per_event
+        return (indices < limits.num_contextual) | (indices >= begins)
+
+    def keep(self, is_kept: Tensor) -> tuple[Tensor, Sequences]:
+        """The rows of some of the tokens, [kept], and the sequences that they form; `is_kept` [S] keeps all targets.
+
+        How many there are is known to the device only: a GPU makes the host wait here, once per call.
+        """
+        (rows,) = is_kept.nonzero(as_tuple=True)
+        kept_before = torch.cat([self.offsets.new_zeros(1), is_kept.cumsum(0)])
+        return rows, Sequences(
+            offsets=kept_before[self.offsets],
+            num_targets=self.num_targets,
+            timestamps=self.timestamps[rows],
+            query_timestamps=self.query_timestamps[rows],
+            actions=None if self.actions is None else self.actions[rows],
+        )

@@ -1,0 +1,127 @@
+"""Every recipe builds at its full size, without memory, and trains a step when it is made small."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from process_group import run_ranks
+from small_runs import train_on_ranks
+
+from ultrarec.data.schema import DatasetInfo, Vocabulary
+from ultrarec.data.synthetic import random_histories, write_dataset
+from ultrarec.trainer.build import Recommender, build_recommender
+from ultrarec.trainer.config import Config, list_recipes, load_config
+
+NUM_ITEMS = 40
+SMALL: dict[str, dict[str, Any]] = {
+    "data": {"max_history": 20, "targets_per_sample": 3, "batch_rows": 24, "batch_tokens": None},
+    "embeddings": {"dim": 8},
+    "model": {"width": 8, "num_layers": 2, "num_heads": 2, "qk_dim": 4, "value_dim": 4, "ffn_width": 8},
+    "objective": {"head_hidden": 8, "num_negatives": 16},
+    "trainer": {"max_steps": 1, "epochs": 1, "evaluate_every": None, "device": "cpu", "log_every": 1},
+}
+
+
+def made_small(config: Config, path: Path) -> Config:
+    """The same recipe with little of everything; what it switches on stays on."""
+    tree = config.model_dump(mode="json")
+    for section, values in SMALL.items():
+        tree[section] |= values
+    tree["data"]["path"] = str(path)
+    for feature in tree["data"]["features"].values():
+        feature["num_values"] = min(feature["num_values"], 30)
+    model = tree["model"]
+    model["token_hidden"] = model["token_hidden"] and 8
+    for layers in filter(None, (model, model["tail"])):
+        layers |= {name: min(layers[name], 3) for name in ("window", "full_tail", "prefix")}
+    if model["tail"]:
+        model["tail"] |= {"num_layers": 1, "num_events": 6}
+    return Config.model_validate(tree)
+
+
+@pytest.fixture(scope="module")
+def info(tmp_path_factory: pytest.TempPathFactory) -> DatasetInfo:
+    """A dataset with every action and column that any recipe reads."""
+    histories = random_histories(num_users=30, num_items=NUM_ITEMS, mean_events=10.0, seed=2)
+    plays = histories["play_time"]
+    for name, values in {"play_time_ms": plays, "duration_ms": plays, "category": histories["tab"]}.items():
+        histories = histories.append_column(name, values)
+    assert isinstance(histories, pa.Table)
+    written = write_dataset(tmp_path_factory.mktemp("recipes") / "dataset", histories, num_items=NUM_ITEMS)
+    actions = sorted({task for name in list_recipes() for task in load_config(name).objective.tasks})
+    info = dataclasses.replace(written, roles=dataclasses.replace(written.roles, actions=tuple(actions)))
+    info.write()
+    return info
+
+
+def test_every_recipe_trains_a_step_when_it_is_made_small(info, tmp_path):
+    runs = [(made_small(load_config(name), info.root), tmp_path / name) for name in list_recipes()]
+    run_ranks(train_on_ranks, runs, world_size=1)
+    for _, out in runs:
+        first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["split"] == "train"
+        assert first["loss"] > 0, out.name
+        assert first["grad_norm"] > 0, out.name
+
+
+def built_on_meta(name: str, info: DatasetInfo, num_items: int) -> Recommender:
+    size = Vocabulary(size=num_items, path="", sha256="")
+    with torch.device("meta"):
+        return build_recommender(load_config(name), dataclasses.replace(info, vocabularies={"items": size}))
+
+
+def parameters_of(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def hstu_layer(width: int, heads: int, head: int, longest: int) -> int:
+    """u, v, q, k; the biases of position and time; the output with its bias."""
+    return width * 4 * heads * head + (2 * longest - 1 + 129) + (heads * head + 1) * width
+
+
+def sasrec_layer(width: int) -> int:
+    """q, k, v, output and two matrices of the feed-forward network, each with a bias; two norms."""
+    return 6 * (width + 1) * width + 2 * 2 * width
+
+
+def stu_layer(width: int, heads: int, head: int) -> int:
+    """u, v, q, k with a bias; the output of [u, attention, gated]; scale and shift of two norms."""
+    values = heads * head
+    return (width + 1) * 4 * values + 3 * values * width + 2 * width + 2 * values
+
+
+BACKBONES = {
+    # (published configuration): layers, width, heads x head width, of sequences of 200 or 50 events
+    "hstu_ml1m": 2 * hstu_layer(50, 1, 50, 200),
+    "hstu_large_ml1m": 8 * hstu_layer(50, 2, 25, 200),
+    "sasrec_ml1m": 2 * sasrec_layer(50),
+    "hstu_ml20m": 4 * hstu_layer(256, 4, 64, 200),
+    "hstu_large_ml20m": 16 * hstu_layer(256, 8, 32, 200),
+    "sasrec_ml20m": 4 * sasrec_layer(256),
+    "hstu_amazon_books": 4 * hstu_layer(64, 4, 16, 50),
+    "hstu_large_amazon_books": 16 * hstu_layer(64, 8, 8, 50),
+    "sasrec_amazon_books": 4 * sasrec_layer(64),
+    "hstu_kuairand_1k": 3 * stu_layer(512, 4, 128),
+    "hstu_kuairand_27k": 3 * stu_layer(512, 4, 128),
+    "ultra_hstu_kuairand_1k": 4 * stu_layer(512, 4, 128),
+    "ultra_hstu_kuairand_16k": 20 * stu_layer(512, 4, 128),
+    "hstu_dlrmv3": 5 * stu_layer(512, 4, 128),
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_published_configuration_has_the_backbone_of_its_formula(name, info):
+    assert parameters_of(built_on_meta(name, info, 1000).model.encoder.stack) == BACKBONES[name]
+
+
+def test_the_tables_of_dlrmv3_are_the_terabyte_of_the_benchmark(info):
+    tables = parameters_of(built_on_meta("hstu_dlrmv3", info, 10**9).lookup)
+    # Each has a row for unknown ids beside the published ones.
+    assert tables == 512 * (10**9 + 10**7 + 128 + 3)
+    assert 2 * tables / 1e12 == pytest.approx(1.034, abs=0.001), "terabytes in half precision"
