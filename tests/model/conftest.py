@@ -107,6 +107,7 @@ def _collate(samples: list[Sample], candidates: Tensor | None = None, *, sampled
         num_labels=len(labels),
         epoch=0,
         samples=torch.zeros(len(samples), 3, dtype=torch.int64),
+        skipped=(),
         state=LoaderState(),
     )
 

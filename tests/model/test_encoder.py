@@ -41,7 +41,7 @@ def test_interleaved_histories_alternate_content_and_action_and_targets_have_con
     content = encoder.content(batch, embeddings)
     action = encoder.action(batch, embeddings, layout.is_target)
     context = encoder.context(batch, embeddings)
-    times = encoder.time(layout, batch.timestamps)
+    times = encoder.time.vectors(encoder.time.buckets(layout, batch.timestamps))
     expected, clocks, first_rows, last_rows = [], [], [], []
     for b, (length, num_targets) in enumerate(SHAPES):
         begin, history = sum(n for n, _ in SHAPES[:b]), length - num_targets
