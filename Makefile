@@ -20,10 +20,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 RECIPE := hstu_kuairand_sample
 SAMPLE := datasets/kuairand-sample
 
-.PHONY: help env train test lint types format clean
+.PHONY: help env train test test-gpu some-gpu lint types format clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 env: $(INSTALLED) ## Make .venv and install everything, pinned; does nothing when that is done
 
@@ -33,6 +33,16 @@ train: $(INSTALLED) $(SAMPLE)/dataset.json ## Train the sample recipe on two pro
 # A file stays on one worker, so that what its fixtures build is built once.
 test: $(INSTALLED) $(SPARK) ## Run all tests, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Before anything is installed, and once more as PyTorch sees it: without a GPU tests would be skipped, not fail.
+test-gpu: some-gpu $(INSTALLED) ## Run the kernel tests and the attention benchmark on the GPU of this machine
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "error: PyTorch finds no GPU here")'
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests/kernels
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest -m gpu tests
+	env -u TRITON_INTERPRET $(BIN)/ultrarec bench attention --device cuda --out bench
+
+some-gpu:
+	@if [ $(FLAVOUR) != cuda ]; then echo "error: nvidia-smi finds no GPU here; make test runs all that needs none"; exit 1; fi
 
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .

@@ -99,11 +99,11 @@ class NoDevice:
         return self.target
 
 
-def report(targets: tuple[str, ...], settings: tuple[Setting, ...] = SETTINGS) -> Iterator[Kernel]:
-    """Compile every kernel for every target and setting, and say what it costs as soon as it is compiled."""
+def report(targets: tuple[str, ...]) -> Iterator[Kernel]:
+    """Compile every kernel for every target and one of SETTINGS, and say what it costs as soon as it is compiled."""
     for target in targets:
         driver.set_active(NoDevice(target))
-        for setting in settings:
+        for setting in SETTINGS:
             for name, launch in launches_of(setting, target).items():
                 yield _describe(target, setting, name, launch)
 
