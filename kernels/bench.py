@@ -283,7 +283,7 @@ def _keep_freed_memory() -> None:
 
 def _pad(x_THD: Tensor, problem: Problem) -> Tensor:
     """`[B, H, N, D]`."""
-    rows = [F.pad(x, (0, 0, 0, 0, 0, problem.max_seq_len - len(x))) for x in x_THD.split(problem.lengths)]
+    rows = [F.pad(x, (0, 0, 0, 0, 0, problem.max_seq_len - len(x))) for x in torch.split(x_THD, problem.lengths)]
     return torch.stack(rows).transpose(1, 2)
 
 

@@ -145,16 +145,19 @@ def _plot(report: dict[str, Any], path: Path) -> None:
     limit = ("gemm_share", "torch.mm") if rows[0]["onednn_share"] is None else ("onednn_share", "oneDNN")
     for offset, (field, name) in zip((-0.2, 0.2), dict([("gemm_share", "torch.mm"), limit]).items(), strict=False):
         bars = shares.bar(
-            [n + offset for n in range(len(rows))], [100 * row[field] for row in rows], 0.4, label=f"of {name}"
+            [n + offset for n in range(len(rows))],
+            [100 * row[field] for row in rows],
+            0.4,
+            label=f"a large product of {name}",
         )
         shares.bar_label(bars, fmt="%.0f%%", padding=2)
     shares.axhline(100, color="grey", linewidth=0.8, linestyle=":")
     shares.set_xticks(range(len(rows)), [str(n) for n in lengths])
-    shares.margins(y=0.25)
+    shares.margins(y=0.35)
     shares.set(
         xlabel="N, events of the longest sequence",
         ylabel="%",
-        title="Visible pairs per second, as a share of a large product",
+        title="Rate over visible pairs, as a share of",
     )
     shares.legend(loc="upper left")
     machine = report["machine"]
