@@ -20,10 +20,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 RECIPE := hstu_kuairand_sample
 SAMPLE := datasets/kuairand-sample
 
-.PHONY: help env train test faults lint types format clean
+.PHONY: help env train test test-gpu some-gpu faults lint types format clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 env: $(INSTALLED) ## Make .venv and install everything, pinned; does nothing when that is done
 
@@ -37,6 +37,16 @@ test: $(INSTALLED) $(SPARK) ## Run all tests, two at a time
 RUNS := 100
 faults: $(INSTALLED) ## Kill, stop and starve RUNS small runs at random moments; each must end as if nothing had happened
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fault_campaign.py --runs $(RUNS)
+
+# Before anything is installed, and once more as PyTorch sees it: without a GPU tests would be skipped, not fail.
+test-gpu: some-gpu $(INSTALLED) ## Run the kernel tests and the attention benchmark on the GPU of this machine
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "error: PyTorch finds no GPU here")'
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests/kernels
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest -m gpu tests
+	env -u TRITON_INTERPRET $(BIN)/ultrarec bench attention --device cuda --out bench
+
+some-gpu:
+	@if [ $(FLAVOUR) != cuda ]; then echo "error: nvidia-smi finds no GPU here; make test runs all that needs none"; exit 1; fi
 
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .

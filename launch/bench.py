@@ -9,7 +9,7 @@ from . import bench_attention, bench_checkpoint
 SUBJECTS = {
     "attention": (
         bench_attention,
-        "HSTU attention on the CPU against the padded dense formulation and the rate of matrix products",
+        "HSTU attention against the padded dense formulation and the rate of matrix products",
     ),
     "checkpoint": (
         bench_checkpoint,

@@ -122,7 +122,8 @@ The same command again continues the run from its newest complete checkpoint."""
         "measure how fast this machine computes, against what one would use instead",
         """\
   ultrarec bench attention
-  ultrarec bench attention --dtype bf16 --threads 2 --lengths 1024,4096 --out bench""",
+  ultrarec bench attention --dtype bf16 --threads 2 --lengths 1024,4096 --out bench
+  ultrarec bench attention --static --arch sm_90""",
     ),
     "doctor": Command(
         doctor,

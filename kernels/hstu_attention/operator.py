@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import outside_autocast
 from .bias import RelativeBias
 from .mask import AttentionMask
 
@@ -105,7 +106,9 @@ def differentiable(
 
     def gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
-        grads = backward_op(dout, needs[3], *ctx.saved_tensors, ctx.max_seq_len, ctx.alpha, ctx.rule)
+        # As the forward runs: autocast would round some of the factors to bfloat16, and only in the caller's thread.
+        with outside_autocast(dout):
+            grads = backward_op(dout, needs[3], *ctx.saved_tensors, ctx.max_seq_len, ctx.alpha, ctx.rule)
         wanted = [grad if needed else None for grad, needed in zip(grads, needs[:6], strict=True)]
         return (*wanted, None, None, None, None, None, None, None)
 

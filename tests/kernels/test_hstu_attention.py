@@ -220,3 +220,19 @@ def test_autocast_around_the_op_changes_nothing(dtype):
     for name, plain, cast in zip(("out", "dq", "dk", "dv"), *results, strict=True):
         assert plain.dtype == cast.dtype == dtype
         assert torch.equal(plain, cast), name
+
+
+@pytest.mark.parametrize("length", [40, 400], ids=["short", "long"])
+def test_autocast_around_forward_and_backward_changes_no_bit(length: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(length, 2, 16, requires_grad=True) for _ in range(3))
+    dout, offsets = torch.randn(length, 2, 16), torch.tensor([0, length])
+
+    def outputs_and_gradients(*, autocast: bool) -> list[torch.Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out = hstu_attention(q, k, v, offsets, max_seq_len=length)
+            return [out, *torch.autograd.grad(out, (q, k, v), dout)]
+
+    outside, inside = outputs_and_gradients(autocast=False), outputs_and_gradients(autocast=True)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), inside, outside, strict=True):
+        assert torch.equal(a, b), name

@@ -1,0 +1,196 @@
+"""The Triton kernels of the attention as they ship, compiled for devices that need not be there, and what they cost.
+
+Nothing is timed: registers, spills, shared memory, and how many instructions a score takes.
+"""
+
+# D = head width, R = queries and C = keys of a tile
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from . import sass
+from .hstu_attention.operator import Problem
+from .hstu_attention.triton_bias_launch import BiasPass
+from .hstu_attention.triton_launch import Launch, forward_launch, keys_launch, queries_launch
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
+NUM_PRODUCTS = {"forward": 2, "keys": 4, "queries": 3}
+"""Of a tile, by kernel: the score, and what is summed from it; the backward computes scores again."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What kernels are compiled for besides a device."""
+
+    width: int
+    """D, of queries, keys and values."""
+    rule: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """The fields of the mask."""
+    general: bool = False
+    """With targets and a scale per query."""
+    biased: bool = False
+    """With a position and a time bias."""
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        parts = [f"D={self.width}", "all masks" if any(self.rule) else "causal"]
+        parts += ["targets, scale per query"] * self.general + ["both biases"] * self.biased
+        return ", ".join(parts)
+
+
+ALL_MASKS = (20, 10, 8, 3)
+SETTINGS = (Setting(64), Setting(128), Setting(128, ALL_MASKS, True), Setting(128, ALL_MASKS, True, True))
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One loop over tiles; instructions that all warps issue, per score, counting a warp's as 32."""
+
+    name: str
+    """ "interior": tiles that all see; "boundary": those that the mask hides in part."""
+    issued: float
+    by_kind: dict[str, float]
+    redundancy: float | None
+    """Multiplications done over those needed; None where instructions do not tell."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel compiled for one device and setting."""
+
+    target: str
+    setting: str
+    name: str
+    tile: str
+    registers: int
+    """Of a thread; vector registers on AMD devices."""
+    spilled: int
+    """Bytes of stack; on AMD devices spilled registers and bytes of scratch memory."""
+    shared_bytes: int
+    matrix_instructions: int
+    """In the loops over tiles; on AMD devices in the whole kernel."""
+    loops: tuple[Loop, ...]
+    """On NVIDIA devices; none of the bias gradient, whose loop is over sequences."""
+
+
+class NoDevice:
+    """What Triton asks of a driver in order to compile."""
+
+    def __init__(self, target: str) -> None:
+        is_nvidia = target.startswith("sm_")
+        self.target = GPUTarget("cuda", int(target[3:]), 32) if is_nvidia else GPUTarget("hip", target, 64)
+
+    def get_current_device(self) -> str:
+        """The target: Triton keeps what it compiled by device, this way also by target."""
+        return str(self.target)
+
+    def get_current_stream(self, device: str | None = None) -> int:
+        """None that would ever be used."""
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        """What is compiled for."""
+        return self.target
+
+
+def report(targets: tuple[str, ...]) -> Iterator[Kernel]:
+    """Compile every kernel for every target and one of SETTINGS, and say what it costs as soon as it is compiled."""
+    for target in targets:
+        driver.set_active(NoDevice(target))
+        for setting in SETTINGS:
+            for name, launch in launches_of(setting, target).items():
+                yield _describe(target, setting, name, launch)
+
+
+def problem_of(setting: Setting) -> Problem:
+    """Inputs of the setting; their values do not matter."""
+    num_events = 256
+    q, k, v = (torch.zeros(num_events, 4, setting.width, dtype=setting.dtype) for _ in range(3))
+    scale = torch.ones(num_events) if setting.general else torch.ones(1).expand(num_events)
+    return Problem(
+        q,
+        k,
+        v,
+        scale,
+        position_weight=torch.zeros(2 * num_events - 1) if setting.biased else None,
+        time_weight=torch.zeros(129) if setting.biased else None,
+        timestamps=torch.zeros(num_events, dtype=torch.int64) if setting.biased else None,
+        query_timestamps=None,
+        offsets=torch.tensor([0, num_events]),
+        num_targets=torch.tensor([3]) if setting.general else None,
+        max_seq_len=num_events,
+        alpha=0.1,
+        rule=list(setting.rule),
+    )
+
+
+def launches_of(setting: Setting, target: str) -> dict[str, Launch]:
+    """The launches of a forward and a backward."""
+    problem = problem_of(setting)
+    q, k, v = problem[:3]
+    dscale = torch.zeros(*q.shape[:2], 1) if setting.general else None
+    launches = {
+        "forward": forward_launch(problem, v.clone(), target),
+        "keys": keys_launch(problem, v.clone(), k.clone(), v.clone(), target),
+        "queries": queries_launch(problem, v.clone(), q.clone(), dscale, target),
+    }
+    if setting.biased:
+        launches["bias"] = BiasPass.of(problem, v.clone(), target).launch
+    return launches
+
+
+def usage_of(compiled: Any) -> tuple[int, int]:
+    """Registers of a thread, and what it spilled: bytes of stack, or on AMD devices registers and bytes of scratch."""
+    if "cubin" in compiled.asm:
+        usage = sass.usage_of(compiled.asm["cubin"])
+        return usage.registers, usage.stack_bytes
+    fields = r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)"
+    found = {name: int(value) for name, value in re.findall(fields, compiled.asm["amdgcn"])}
+    return found["vgpr_count"], found["vgpr_spill_count"] + found["private_segment_fixed_size"]
+
+
+def _describe(target: str, setting: Setting, name: str, launch: Launch) -> Kernel:
+    compiled, variant = launch.compile(), launch.variant
+    registers, spilled = usage_of(compiled)
+    bodies: list[list[sass.Instruction]] = []
+    if "cubin" in compiled.asm:
+        bodies = sass.tensor_loops(compiled.asm["cubin"])
+        num_matrix = sum(sass.counts_of(body)["tensor"] for body in bodies)
+    else:
+        num_matrix = len(re.findall(r"\bv_mfma_", compiled.asm["amdgcn"]))
+    return Kernel(
+        target=target,
+        setting=str(setting),
+        name=name,
+        tile=f"{variant.rows}x{variant.keys}",
+        registers=registers,
+        spilled=spilled,
+        shared_bytes=compiled.metadata.shared,
+        matrix_instructions=num_matrix,
+        loops=_loops(name, launch, setting.width, bodies) if name in NUM_PRODUCTS else (),
+    )
+
+
+def _loops(name: str, launch: Launch, width: int, bodies: list[list[sass.Instruction]]) -> tuple[Loop, ...]:
+    """The loop over tiles that all see comes first; tiles at the edge are taken in parts, half as large or less."""
+    variant, num_warps = launch.variant, launch.options["num_warps"]
+    edge = (variant.edge_rows, variant.keys) if name == "keys" else (variant.rows, variant.edge_keys)
+    loops = []
+    tiles = (("interior", variant.rows * variant.keys), ("boundary", edge[0] * edge[1]))
+    for (loop_name, num_scores), body in zip(tiles, bodies, strict=False):
+        multiplied = sum(x.multiply_adds(num_warps) for x in body if x.kind == "tensor")
+        done = multiplied / (num_scores * width * NUM_PRODUCTS[name])
+        # An iteration may hold several tiles; warps may also repeat each other's products, but not a whole tile's.
+        num_tiles = max(1, int(done + 0.01))
+        factor = 32 * num_warps / (num_scores * num_tiles)
+        counts = sass.counts_of(body)
+        by_kind = {kind: round(counts[kind] * factor, 2) for kind in sass.KINDS}
+        redundancy = round(done / num_tiles, 2) if multiplied else None
+        loops.append(Loop(loop_name, round(len(body) * factor, 2), by_kind, redundancy))
+    return tuple(loops)
