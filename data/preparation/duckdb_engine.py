@@ -152,6 +152,8 @@ def _shown(database: duckdb.DuckDBPyConnection, what: str, report: Callable[[str
     if not what:
         yield
         return
+    # DuckDB counts only where it would draw a bar of its own.
+    database.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:

@@ -201,7 +201,8 @@ def _make_items(engine: DuckDbEngine, info: DatasetInfo) -> None:
 
 def _make_users(engine: DuckDbEngine, info: DatasetInfo) -> None:
     """`users` of the new log: user_row (from 0), file and row (in it), user_id, num_new; new users in a last file."""
-    known = pa.schema([("user_id", pq.read_schema(info.history_paths[0]).field("user_id").type), *_PLACE])
+    user_id = pq.read_schema(info.history_paths[0]).field("user_id")
+    known = pa.schema([user_id, ("file", pa.int64()), ("row", pa.int64())])
     engine.database.register("known_users", pa.RecordBatchReader.from_batches(known, _known_users(info, known)))
     engine.create(
         "new_users", "SELECT user_id, count(*) AS num_new FROM log GROUP BY user_id", progress="counting users"
@@ -217,9 +218,6 @@ def _make_users(engine: DuckDbEngine, info: DatasetInfo) -> None:
         )
         """,
     )
-
-
-_PLACE = [("file", pa.int64()), ("row", pa.int64())]
 
 
 def _known_users(info: DatasetInfo, schema: pa.Schema) -> Iterator[pa.RecordBatch]:

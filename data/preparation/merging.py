@@ -41,13 +41,14 @@ def merge(
     num_events = num_old + num_new
     num_train, num_validation = _split(num_events, rows_M, times_M, split)
     offsets = np.concatenate([[0], np.cumsum(num_events)]).astype(np.int32)
+    begin = np.cumsum(num_events) - num_events
     merged = {}
     for name in old.column_names:
         if name in LISTS or (name in columns and columns[name].kind == "event"):
             values = pa.concat_arrays([_values(old, name), events[name].combine_chunks()])
             merged[name] = pa.ListArray.from_arrays(offsets, values.take(pa.array(order_M)))
         elif name in columns:
-            merged[name] = _newest_training_value(old, events, name, offsets[:-1], num_train, order_M)
+            merged[name] = _newest_training_value(old, events, name, begin, num_train, order_M)
     counts = {"num_events": num_events, "num_train": num_train, "num_validation": num_validation}
     merged |= {name: pa.array(values.astype(np.int32)) for name, values in counts.items()}
     return pa.table([merged.get(name, old[name]) for name in old.column_names], names=old.column_names)

@@ -1,5 +1,6 @@
 """Synthetic logs follow the rule that they state, and `prepare` reads them."""
 
+import itertools
 import json
 import math
 
@@ -100,7 +101,7 @@ def test_who_sees_more_of_the_history_predicts_better(tmp_path, block):
     """NE of the true probability, and of what the last events alone tell."""
     columns, probabilities = block
     starts = np.concatenate([[0], np.flatnonzero(np.diff(columns["user_id"])) + 1, [len(columns["user_id"])]])
-    users = [columns["category"][start:end].tolist() for start, end in zip(starts, starts[1:], strict=False)]
+    users = [columns["category"][start:end].tolist() for start, end in itertools.pairwise(starts)]
     recent = np.array([round(8 * share) for user in users for share, _ in shares_by_definition(user)])
     label = columns["share"]
     base = entropy(label, label.mean())
