@@ -1,4 +1,4 @@
-"""`ultrarec prepare`: an interaction log becomes a prepared dataset, whole or not at all.
+"""`ultrarec prepare`: an interaction log becomes a prepared dataset, or joins one, whole or not at all.
 
 An engine (DuckDB, within a memory limit, or Spark) checks, filters, splits and sorts the log; what comes back sorted is
 streamed into Parquet. Everything happens in a folder beside the output that is renamed when the dataset is complete.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .atomic import temporary_beside, termination_as_interruption
-from .errors import counted
+from .errors import UserError, counted
 from .preparation.options import ENGINES, PrepareOptions
 from .schema import ITEMS_FILE, Counts, DatasetInfo, Minimums
 
@@ -106,9 +106,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("logs", nargs="+", metavar="LOG", help="Parquet or CSV files, folders, globs, or sample:kuairand")
     add("--out", required=True, type=Path, metavar="DIR", help="folder of the prepared dataset; must not exist")
-    add("--user", required=True, metavar="COL", help="user id: integers or strings")
-    add("--item", required=True, metavar="COL", help="item id: integers or strings")
-    add("--time", required=True, metavar="COL", help="time of the event: integers, or timestamps (become milliseconds)")
+    add("--append", action="store_true", help="add newer logs to the dataset at --out, with its columns and split")
+    add("--user", metavar="COL", help="user id: integers or strings")
+    add("--item", metavar="COL", help="item id: integers or strings")
+    add("--time", metavar="COL", help="time of the event: integers, or timestamps (become milliseconds)")
     add("--order", metavar="COL", help="orders events of equal time (default: the order of files and rows)")
     add("--action", action="append", default=[], metavar="COL", help="boolean column; repeat, the k-th becomes bit k")
     add("--column", action="append", default=[], metavar="COL", help="further column, one value per event; repeat")
@@ -127,7 +128,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(args: argparse.Namespace) -> PrepareOptions:
-    """The parsed arguments of `add_arguments` as options."""
+    """The parsed arguments of `add_arguments` as options.
+
+    Raises UserError where they contradict each other, or leave out what a new dataset needs.
+    """
+    for name in ("user", "item", "time"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name} is missing: name the column of the log that has it")
     return PrepareOptions(
         logs=tuple(args.logs),
         out=args.out,
@@ -148,13 +155,49 @@ def options_of(args: argparse.Namespace) -> PrepareOptions:
         memory_limit=args.memory_limit,
         threads=args.threads,
         csv_delimiter=args.csv_delimiter,
-        csv_columns=tuple(name.strip() for name in args.csv_columns.split(",") if name.strip()),
+        csv_columns=_csv_columns(args),
+    )
+
+
+def _csv_columns(args: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(name.strip() for name in args.csv_columns.split(",") if name.strip())
+
+
+DECIDED_BY_THE_DATASET = (
+    "user", "item", "time", "order", "action", "column", "user_column", "min_user_events", "min_item_events",
+    "leave_last", "split_time", "validation_time", "spark_master",
+)  # fmt: skip
+
+
+def _append(args: argparse.Namespace, report: Report) -> None:
+    from .append import append
+
+    if args.engine != "duckdb":
+        raise UserError(f"--append with --engine {args.engine}: logs are appended with duckdb; leave --engine out")
+    for name in DECIDED_BY_THE_DATASET:
+        if getattr(args, name):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} {getattr(args, name)} with --append: {args.out} has decided that; leave it out")
+    append(
+        args.out,
+        tuple(args.logs),
+        memory_limit=args.memory_limit,
+        threads=args.threads,
+        csv_delimiter=args.csv_delimiter,
+        csv_columns=_csv_columns(args),
+        report=report,
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """The `prepare` subcommand; returns the exit status. UserError is left to the command line to print."""
-    options = options_of(args)
+
+    def report(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     with termination_as_interruption():
-        prepare(options, report=lambda line: print(line, file=sys.stderr, flush=True))
+        if args.append:
+            _append(args, report)
+        else:
+            prepare(options_of(args), report=report)
     return 0

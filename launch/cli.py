@@ -20,6 +20,22 @@ def prepare(parser: argparse.ArgumentParser) -> Run:
     return prepare.run
 
 
+def synth(parser: argparse.ArgumentParser) -> Run:
+    """A seed -> synthetic interaction log."""
+    from ..data import synth
+
+    synth.add_arguments(parser)
+    return synth.run
+
+
+def data(parser: argparse.ArgumentParser) -> Run:
+    """Look at prepared datasets."""
+    from ..data import data_command
+
+    data_command.add_arguments(parser)
+    return data_command.run
+
+
 def train(parser: argparse.ArgumentParser) -> Run:
     """Train a recipe in the process group that is there, or in this one process."""
     from ..trainer import __main__
@@ -85,6 +101,21 @@ COMMANDS = {
   ultrarec prepare log/*.parquet --out datasets/shop --user user_id --item item_id --time ts --leave-last 1
   ultrarec prepare log.csv --out datasets/feed --user uid --item vid --time time_ms \\
       --split-time 1651330969569 --action is_click --action is_like --column play_time_ms""",
+    ),
+    "synth": Command(
+        synth,
+        "make a synthetic interaction log of any size",
+        """\
+  ultrarec synth --out logs/synthetic --users 100000 --items 50000 --events-per-user 100 --seed 1
+  ultrarec prepare logs/synthetic --out datasets/synthetic --user user_id --item item_id --time timestamp \\
+      --action click --action like --action share --split-time 1702332800000""",
+    ),
+    "data": Command(
+        data,
+        "describe a prepared dataset",
+        """\
+  ultrarec data describe datasets/shop
+  ultrarec data describe datasets/shop --picture lengths.png""",
     ),
     "train": Command(
         train,

@@ -10,7 +10,7 @@ from ..schema import BUILT_IN_COLUMNS, MAX_ACTIONS, Roles
 
 EngineName = Literal["duckdb", "spark"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
-MEMORY_LIMIT = re.compile(r"\d+(\.\d+)?\s*[KMGT]i?B", re.IGNORECASE)
+MEMORY_LIMIT = re.compile(r"(?P<size>\d+(\.\d+)?)\s*(?P<unit>[KMGT]i?B)", re.IGNORECASE)
 MOST_THREADS = 1024  # of DuckDB; each takes memory for itself, and far more cannot be started
 LONGEST_DELIMITER = 4  # bytes; the limit of DuckDB's CSV reader
 
@@ -50,7 +50,7 @@ class PrepareOptions:
     spark_master: str | None = None
     """Where Spark runs; by default what the session that is there, or Spark's own settings, say."""
     memory_limit: str = "4GB"
-    """Memory for DuckDB; what does not fit goes to disk, beside the output."""
+    """Memory for the process; what DuckDB cannot hold of it goes to disk, beside the output."""
     threads: int | None = None
     """Threads for DuckDB, all cores by default; the result does not depend on it."""
     csv_delimiter: str | None = None

@@ -1,0 +1,142 @@
+"""`ultrarec prepare --append`: newer logs join a prepared dataset; what they do not touch stays as it is.
+
+New files are written beside the old, `dataset.json` is replaced in one step, and what it no longer names is removed: at
+any moment the folder is either the old dataset or the new one. The steps are in `preparation/`.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .atomic import full_disk_explained
+from .errors import UserError, counted
+from .preparation.options import PrepareOptions
+from .schema import DATASET_FILE, HISTORIES_FOLDER, DatasetInfo
+
+TEMPORARY = "append.tmp-"
+
+
+def append(
+    out: Path,
+    logs: tuple[str, ...],
+    *,
+    memory_limit: str = "4GB",
+    threads: int | None = None,
+    csv_delimiter: str | None = None,
+    csv_columns: tuple[str, ...] = (),
+    report: Callable[[str], None] = lambda line: None,
+) -> DatasetInfo:
+    """Add the events of newer logs to the dataset at `out`, with its own roles, columns and split.
+
+    The result is that of preparing the old logs and then the new ones together, but for two things: items keep their
+    ids, and new ones follow in the order of their original ids; rows keep their places, and new users follow.
+    Only files with users who have new events are written again.
+
+    Raises UserError for everything the user can mend, in particular where the histories do not hold what the result
+    depends on; then, as after an interruption, the dataset is what it was.
+    """
+    with _locked(out), full_disk_explained(out):
+        info = DatasetInfo.load(out)
+        _check_can_grow(info)
+        options = PrepareOptions(
+            logs=logs,
+            out=out,
+            user=info.roles.user,
+            item=info.roles.item,
+            time=info.roles.time,
+            order=info.roles.order,
+            actions=info.roles.actions,
+            columns=tuple(info.event_columns),
+            user_columns=tuple(info.user_columns),
+            leave_last=info.split.num_events,
+            split_time=info.split.time,
+            validation_time=info.split.validation_time,
+            memory_limit=memory_limit,
+            threads=threads,
+            csv_delimiter=csv_delimiter,
+            csv_columns=csv_columns,
+        )
+        try:
+            _remove_what_is_not_named(info)
+            grown = _grow(info, options, report)
+            grown.write()
+            info = grown
+        finally:
+            _remove_what_is_not_named(info)
+    counts = info.counts
+    totals = counted(counts.users, "user"), counted(counts.events, "event"), counted(counts.items, "item")
+    report(f"{out}: {', '.join(totals)}")
+    return info
+
+
+def _grow(info: DatasetInfo, options: PrepareOptions, report: Callable[[str], None]) -> DatasetInfo:
+    """Move all new files into the dataset's folder; what `dataset.json` is to say of them."""
+    from .preparation import sources
+    from .preparation.duckdb_engine import open_duckdb
+    from .preparation.growth import grow
+
+    log = sources.find_log(options)
+    known = {(source.path, source.bytes) for source in info.sources}
+    if again := [file.path for file in log.describe() if (file.path, file.bytes) in known]:
+        raise UserError(f"{again[0]} is in {info.root} already; append newer logs only")
+    report(f"log: {counted(len(log.paths), f'{log.format} file')}, {log.num_bytes / 1e6:,.1f} MB")
+    root = info.root / f"{TEMPORARY}{os.getpid()}"
+    work = root / "work"
+    work.mkdir(parents=True)
+    with open_duckdb(work, memory_limit=options.memory_limit, threads=options.threads, report=report) as engine:
+        grown = grow(engine, info, log, options, root, first_number=_first_free_number(info.root), report=report)
+    for path in [*(root / HISTORIES_FOLDER).iterdir(), *root.glob("items-*.parquet")]:
+        path.rename(info.root / path.relative_to(root))
+    return grown
+
+
+def _check_can_grow(info: DatasetInfo) -> None:
+    remedy = "prepare all logs together instead"
+    if info.minimums is None:
+        raise UserError(f"--append: {info.root} was prepared by an older version, which kept too little; {remedy}")
+    if info.minimums.user_events or info.minimums.item_events:
+        raise UserError(
+            f"--append: {info.root} was prepared with --min-user-events {info.minimums.user_events} and "
+            f"--min-item-events {info.minimums.item_events}; the users and items left out might reach these by the new "
+            f"events, but theirs before are not kept: {remedy}"
+        )
+    if info.split.kind == "leave_last" and info.user_columns:
+        raise UserError(
+            f"--append: {info.root} has --leave-last {info.split.num_events} and the user column "
+            f"{info.user_columns[0]!r}: its value at events that become training events is not kept; {remedy}"
+        )
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One process at a time; the lock goes with its process, however that ends."""
+    if not (out / DATASET_FILE).is_file():
+        DatasetInfo.load(out)  # says what is wrong
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--append: another process is appending to {out} now; wait for it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_what_is_not_named(info: DatasetInfo) -> None:
+    """Remove files that only a stopped or a finished append can have left: neither readers nor users know them."""
+    named = {*info.history_paths, *(info.locate(each.path) for each in info.vocabularies.values())}
+    for path in [*info.root.glob(f"{HISTORIES_FOLDER}/part-*.parquet"), *info.root.glob("items*.parquet")]:
+        if path not in named:
+            path.unlink()
+    for folder in info.root.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _first_free_number(root: Path) -> int:
+    numbers = [re.fullmatch(r"part-(\d+)", path.stem) for path in (root / HISTORIES_FOLDER).iterdir()]
+    return 1 + max((int(found[1]) for found in numbers if found), default=-1)

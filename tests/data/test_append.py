@@ -1,0 +1,302 @@
+"""Newer logs join a dataset: what comes of it is what preparing all logs together would have made."""
+
+import argparse
+import dataclasses
+import fcntl
+import hashlib
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ultrarec.data import prepare as prepare_command
+from ultrarec.data.append import append
+from ultrarec.data.errors import UserError
+from ultrarec.data.preparation import writing
+from ultrarec.data.prepare import PrepareOptions, prepare
+from ultrarec.data.schema import UNKNOWN_ITEM, DatasetInfo
+
+ROLES = {"user": "user", "item": "item", "time": "time"}
+COLUMNS = {"actions": ("click",), "columns": ("word",)}
+
+
+def random_log(num_rows, *, seed, users, items, times):
+    rng = np.random.default_rng(seed)
+    return {
+        "user": rng.integers(*users, num_rows),
+        "item": [f"item {k}" for k in rng.integers(*items, num_rows).tolist()],
+        "time": rng.integers(*times, num_rows),
+        "click": rng.random(num_rows) < 0.5,
+        "word": pa.array(rng.choice(["a", "b"], num_rows), mask=rng.random(num_rows) < 0.2),
+        "level": rng.integers(0, 10**6, num_rows),
+    }
+
+
+def write_log(path, columns):
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def prepare_log(out, *logs, **options):
+    return prepare(PrepareOptions(logs=logs, out=out, memory_limit="1GB", **{**ROLES, **COLUMNS, **options}))
+
+
+def content(info):
+    """All that a dataset says, with the log's ids of items, by user."""
+    rows = [row for path in info.history_paths for row in pq.read_table(path).to_pylist()]
+    items = pq.read_table(info.locate(info.vocabularies["items"].path)).to_pylist()
+    assert [row["id"] for row in items] == list(range(1, info.num_items + 1))
+    names = {UNKNOWN_ITEM: None} | {row["id"]: row["item_id"] for row in items}
+    users = {row["user_id"]: row | {"items": [names[item] for item in row["items"]]} for row in rows}
+    assert len(users) == len(rows)
+    return users, {row["item_id"]: row["count"] for row in items}
+
+
+def assert_whole(info):
+    """Every stated fact holds, and nothing else lies in the folder."""
+    assert DatasetInfo.load(info.root) == info
+    named = [file.path for file in info.files] + [info.vocabularies["items"].path, "dataset.json"]
+    assert sorted(str(p.relative_to(info.root)) for p in info.root.rglob("*") if p.is_file()) == sorted(named)
+    for file in (*info.files, info.vocabularies["items"]):
+        assert file.sha256 == hashlib.sha256(info.locate(file.path).read_bytes()).hexdigest()
+    for file in info.files:
+        with pq.ParquetFile(info.locate(file.path)) as parquet:
+            groups = [parquet.read_row_group(number) for number in range(parquet.num_row_groups)]
+        assert file.group_rows == tuple(group.num_rows for group in groups)
+        assert file.group_events == tuple(sum(group["num_events"].to_pylist()) for group in groups)
+        assert file.group_train_events == tuple(sum(group["num_train"].to_pylist()) for group in groups)
+        assert (file.rows, file.row_groups) == (sum(file.group_rows), len(groups))
+
+
+def assert_as_if_prepared_together(grown, whole):
+    assert_whole(grown)
+    assert content(grown) == content(whole)
+    assert (grown.counts, grown.lengths, grown.split) == (whole.counts, whole.lengths, whole.split)
+    assert (grown.roles, grown.columns, grown.sources) == (whole.roles, whole.columns, whole.sources)
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    """Several files of a few users each."""
+    monkeypatch.setattr(writing, "USERS_PER_ROW_GROUP", 16)
+    monkeypatch.setattr(writing, "ROW_GROUPS_PER_FILE", 2)
+
+
+SPLITS = {
+    "none": {"user_columns": ("level",)},
+    "leave last": {"leave_last": 2},
+    "split time": {"split_time": 90, "user_columns": ("level",)},
+    "validation time": {"split_time": 90, "validation_time": 70, "user_columns": ("level",)},
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_appending_twice_equals_preparing_all_logs_together(tmp_path, small_files, split):
+    """Late events, new users and items, ties between old and new events, users who have test events only."""
+    times = [(0, 100), (40, 120), (90, 130)] if "time" in split else [(0, 50), (40, 60), (50, 60)]
+    users, items = [(0, 90), (60, 130), (0, 150)], [(0, 40), (20, 60), (50, 80)]
+    logs = [
+        write_log(tmp_path / f"{part}.parquet", random_log(400, seed=part, users=u, items=i, times=t))
+        for part, (u, i, t) in enumerate(zip(users, items, times, strict=True))
+    ]
+    whole = prepare_log(tmp_path / "whole", *logs, **SPLITS[split])
+    info = prepare_log(tmp_path / "out", logs[0], **SPLITS[split])
+    before = pq.read_table(info.root / "items.parquet")["item_id"].to_pylist()
+    for log in logs[1:]:
+        info = append(tmp_path / "out", (log,), memory_limit="1GB")
+    assert_as_if_prepared_together(info, whole)
+    now = pq.read_table(info.locate(info.vocabularies["items"].path))["item_id"].to_pylist()
+    assert now[: len(before)] == before
+    assert len(now) > len(before)
+    assert (info.counts.unknown_item_events > 0) == ("time" in split)
+
+
+def two_logs(tmp_path, **changes):
+    """Two old files of 32 users each, and a new log for one user of the second and one new user."""
+    old = random_log(600, seed=0, users=(0, 64), items=(0, 40), times=(0, 50))
+    new = random_log(6, seed=1, users=(0, 1), items=(0, 40), times=(60, 70))
+    new["user"] = np.array([40, 40, 99, 99, 99, 40])
+    return write_log(tmp_path / "old.parquet", old), write_log(tmp_path / "new.parquet", new | changes)
+
+
+def test_files_without_new_events_stay_as_they_are(tmp_path, small_files):
+    old, new = two_logs(tmp_path)
+    before = prepare_log(tmp_path / "out", old)
+    assert len(before.files) == 2
+    status = before.history_paths[0].stat()
+    after = append(tmp_path / "out", (new,))
+    assert after.files[0] == before.files[0]
+    assert (status.st_ino, status.st_mtime_ns) == (
+        after.history_paths[0].stat().st_ino,
+        after.history_paths[0].stat().st_mtime_ns,
+    )
+    assert [file.path for file in after.files[1:]] == ["histories/part-00002.parquet", "histories/part-00003.parquet"]
+    assert pq.read_table(after.history_paths[2])["user_id"].to_pylist() == [99]
+    assert after.fingerprint != before.fingerprint
+
+
+def files_of(root):
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def refuses(out, message, *logs, **options):
+    before = files_of(out)
+    with pytest.raises(UserError, match=message):
+        append(out, logs, **options)
+    assert files_of(out) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"min_user_events": 2, "min_item_events": 3},
+            "prepared with --min-user-events 2 and --min-item-events 3; .* not kept: prepare all logs together",
+        ),
+        (
+            {"leave_last": 1, "user_columns": ("level",)},
+            "--leave-last 1 and the user column 'level': its value at events that become training events is not kept",
+        ),
+    ],
+)
+def test_what_the_histories_do_not_hold_is_not_guessed(tmp_path, options, message):
+    old, new = two_logs(tmp_path)
+    prepare_log(tmp_path / "out", old, **options)
+    refuses(tmp_path / "out", message, new)
+
+
+def test_ties_that_an_order_column_decides_are_refused_between_old_and_new_events(tmp_path):
+    old, new = (
+        write_log(tmp_path / f"{start}.parquet", {"user": [1, 2], "item": [1, 1], "time": [start, 5], "step": [2, 1]})
+        for start in (3, 4)
+    )
+    prepare(PrepareOptions(logs=(old,), out=tmp_path / "out", order="step", **ROLES))
+    refuses(tmp_path / "out", "user 2 has events at the time 5 both in the dataset and in the new log; .* is not", new)
+
+
+def test_a_new_training_item_is_refused_where_unknown_items_might_be_it(tmp_path):
+    log = {"user": [1, 1], "item": [7, 8], "time": [1, 9]}
+    prepare(PrepareOptions(logs=(write_log(tmp_path / "a.parquet", log),), out=tmp_path / "out", split_time=5, **ROLES))
+    new = write_log(tmp_path / "b.parquet", {"user": [2], "item": [8], "time": [2]})
+    refuses(
+        tmp_path / "out", "the new log has the item 8 in the training period, and .* has 1 test event of unknown", new
+    )
+
+
+def test_the_new_log_has_the_types_of_the_old(tmp_path):
+    old, new = two_logs(tmp_path, item=np.arange(6))
+    prepare_log(tmp_path / "out", old)
+    refuses(tmp_path / "out", "--item 'item' is int64 in the new log and string in .*out; convert", new)
+    _, new = two_logs(tmp_path, word=np.arange(6))
+    refuses(tmp_path / "out", "--column 'word' is int64 in the new log and string in .*out; convert", new)
+
+
+def test_a_log_is_not_appended_twice(tmp_path):
+    old, new = two_logs(tmp_path)
+    prepare_log(tmp_path / "out", old)
+    refuses(tmp_path / "out", "old.parquet is in .*out already; append newer logs only", new, old)
+
+
+def test_one_process_appends_at_a_time(tmp_path):
+    old, new = two_logs(tmp_path)
+    prepare_log(tmp_path / "out", old)
+    descriptor = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    refuses(tmp_path / "out", "another process is appending to .*out now; wait for it", new)
+    os.close(descriptor)
+    assert append(tmp_path / "out", (new,)).counts.users == 65
+
+
+def test_a_dataset_of_version_1_does_not_grow(tmp_path):
+    old, new = two_logs(tmp_path)
+    info = prepare_log(tmp_path / "out", old)
+    dataclasses.replace(info, minimums=None, lengths=None, schema_version=1).write()
+    refuses(tmp_path / "out", "was prepared by an older version, which kept too little; prepare all", new)
+
+
+def test_what_a_killed_append_left_is_removed(tmp_path):
+    old, new = two_logs(tmp_path)
+    info = prepare_log(tmp_path / "out", old)
+    (info.root / "append.tmp-1" / "histories").mkdir(parents=True)
+    (info.root / "append.tmp-1" / "work").touch()
+    (info.root / "items-1.parquet").write_bytes(b"half")
+    (info.root / "histories/part-00001.parquet").write_bytes(b"half")
+    assert_whole(append(info.root, (new,)))
+
+
+COMMAND = (
+    "import argparse; from ultrarec.data import prepare; parser = argparse.ArgumentParser(); "
+    "prepare.add_arguments(parser); prepare.run(parser.parse_args())"
+)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.3])
+def test_a_killed_append_leaves_the_dataset_and_the_next_one_completes(tmp_path, small_files, delay):
+    logs = [
+        write_log(
+            tmp_path / f"{part}.parquet",
+            random_log(20_000, seed=part, users=(0, 1_000), items=(0, 900), times=(40 * part, 40 * part + 50)),
+        )
+        for part in range(2)
+    ]
+    before = prepare_log(tmp_path / "out", logs[0], leave_last=1)
+    arguments = [sys.executable, "-c", COMMAND, logs[1], "--append", "--out", str(before.root)]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    while not list(before.root.glob("append.tmp-*")) and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.kill()
+    process.communicate(timeout=30)
+    info = DatasetInfo.load(before.root)
+    if info == before:
+        content(info)
+        info = append(before.root, (logs[1],))
+    assert_as_if_prepared_together(info, prepare_log(tmp_path / "whole", *logs, leave_last=1))
+
+
+def run_command(*arguments):
+    parser = argparse.ArgumentParser()
+    prepare_command.add_arguments(parser)
+    return prepare_command.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_the_command_appends_with_the_columns_of_the_dataset(tmp_path, capsys):
+    old, new = two_logs(tmp_path)
+    prepare_log(tmp_path / "out", old)
+    assert run_command(new, "--append", "--out", tmp_path / "out") == 0
+    assert "1 user with new events, 1 new user" in capsys.readouterr().err.splitlines()
+    assert DatasetInfo.load(tmp_path / "out").counts.events == 606
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--user", "user"), "--user user with --append: .*out has decided that; leave it out"),
+        (("--leave-last", "1"), "--leave-last 1 with --append: .*out has decided that"),
+        (("--engine", "spark"), "--append with --engine spark: logs are appended with duckdb; leave --engine out"),
+    ],
+)
+def test_the_command_takes_nothing_that_the_dataset_has_decided(tmp_path, options, message):
+    old, new = two_logs(tmp_path)
+    prepare_log(tmp_path / "out", old)
+    with pytest.raises(UserError, match=message):
+        run_command(new, "--append", "--out", tmp_path / "out", *options)
+
+
+def test_only_a_dataset_can_be_appended_to(tmp_path):
+    _, new = two_logs(tmp_path)
+    with pytest.raises(UserError, match="nowhere does not exist; make it with"):
+        append(tmp_path / "nowhere", (new,))
+    with pytest.raises(UserError, match="is not a prepared dataset"):
+        append(tmp_path, (new,))
+
+
+def test_a_new_dataset_needs_its_columns_named(tmp_path):
+    _, new = two_logs(tmp_path)
+    with pytest.raises(UserError, match="--user is missing: name the column of the log that has it"):
+        run_command(new, "--out", tmp_path / "out")
