@@ -192,6 +192,8 @@ class _Job:
             parts = [self._hear(f"rank/{rank}") for rank in range(self.world.size)]
             self._tell("outcome", self._attempt(lambda: self._complete(parts)))
         outcome: str | None = self._hear("outcome").get("error")
+        if self.world.is_main and outcome is None:
+            self._delete_superseded()
         return outcome
 
     def _attempt(self, work: Callable[[], Any]) -> dict[str, Any]:
@@ -222,6 +224,8 @@ class _Job:
         except Exception:
             self._attempt(lambda: remove_tree(self.folder))  # a full disk is not helped by half a checkpoint
             raise
+
+    def _delete_superseded(self) -> None:
         problem = self._attempt(lambda: retain(self.saver.home, self.saver._config, out=self.saver._out))
         if "error" in problem:
             self.saver._say(f"superseded checkpoints of {self.saver.home} could not be deleted: {problem['error']}")
