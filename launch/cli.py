@@ -143,10 +143,12 @@ The same command again continues the run from its newest complete checkpoint."""
     ),
     "checkpoint": Command(
         checkpoint,
-        "list, verify or inspect the checkpoints of a run",
+        "list, verify, inspect, compare or export the checkpoints of a run",
         """\
   ultrarec checkpoint list runs/hstu_kuairand_sample
-  ultrarec checkpoint verify runs/hstu_kuairand_sample""",
+  ultrarec checkpoint verify runs/hstu_kuairand_sample
+  ultrarec checkpoint diff runs/mine/checkpoints/step-00000100 runs/mine
+  ultrarec checkpoint export runs/hstu_kuairand_sample --out serving""",
     ),
     "bench": Command(
         bench,
@@ -154,7 +156,8 @@ The same command again continues the run from its newest complete checkpoint."""
         """\
   ultrarec bench attention
   ultrarec bench attention --dtype bf16 --threads 2 --lengths 1024,4096 --out bench
-  ultrarec bench attention --static --arch sm_90""",
+  ultrarec bench attention --static --arch sm_90
+  ultrarec bench checkpoint --gib 1 --where /data""",
     ),
     "doctor": Command(
         doctor,

@@ -158,7 +158,7 @@ class ModelConfig(BaseModel):
 
 HSTU_SETTINGS = (
     *("activation", "attention", "gating", "norm", "projection_bias", "attention_alpha", "relative_bias", "rope"),
-    *("window", "full_tail", "prefix", "tail", "channels", "rematerialize"),
+    *("window", "full_tail", "prefix", "tail", "channels", "rematerialize", "fp8_projections"),
 )
 """Settings that the other backbones do not read."""
 

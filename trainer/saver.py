@@ -5,7 +5,8 @@ and writes the index, and last the manifest. Ranks tell each other through the p
 here gets between the collectives of training. What fails is told and counted, and training goes on.
 
 A thread is enough: writing and checksumming run without Python's lock. A process would need the copy in shared memory,
-and the processor's time it takes from the step is the same.
+and take the same time of the processor. Nor does torch.distributed.checkpoint.async_save serve here: its staging, in
+torch 2.13, asks TorchRec's sharded tensors for a data pointer, which they refuse.
 """
 
 from __future__ import annotations
@@ -195,6 +196,8 @@ class _Job:
             parts = [self._hear(f"rank/{rank}") for rank in range(self.world.size)]
             self._tell("outcome", self._attempt(lambda: self._complete(parts)))
         outcome: str | None = self._hear("outcome").get("error")
+        if self.world.is_main and outcome is None:
+            self._delete_superseded()
         return outcome
 
     def _attempt(self, work: Callable[[], Any]) -> dict[str, Any]:
@@ -225,6 +228,8 @@ class _Job:
         except Exception:
             self._attempt(lambda: remove_tree(self.folder))  # a full disk is not helped by half a checkpoint
             raise
+
+    def _delete_superseded(self) -> None:
         problem = self._attempt(lambda: retain(self.saver.home, self.saver._config, out=self.saver._out))
         if "error" in problem:
             self.saver._say(f"superseded checkpoints of {self.saver.home} could not be deleted: {problem['error']}")

@@ -41,7 +41,6 @@ PLANS = {
     "table": {"item": "table_wise", "user_id": "table_wise"},
     "column": {"item": "column_wise", "user_id": "column_wise"},
     "replicated": {"item": "data_parallel", "user_id": "data_parallel"},
-    "mixed": {"item": "data_parallel", "user_id": "column_wise"},
 }
 WORLD_SIZES = (1, 2, 3, 4)
 CPU = torch.device("cpu")

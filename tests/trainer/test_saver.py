@@ -1,25 +1,42 @@
 """Saving beside training: what fails is told and costs nothing else; what is kept; checkpoints in an object store."""
 
+import argparse
 import resource
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from moto.server import ThreadedMotoServer
 from process_group import run_ranks
-from small_runs import config_of, differing, final_tensors, lines, losses, train_on_ranks
+from small_runs import checkpoint_tensors, config_of, differing, final_tensors, lines, losses, train_on_ranks
 
+from ultrarec.trainer import checkpoint_command, pieces
+from ultrarec.trainer import saver as saver_module
 from ultrarec.trainer.__main__ import main
 from ultrarec.trainer.config import CheckpointConfig
 from ultrarec.trainer.manifest import all_checkpoints, checkpoint_folder, complete_checkpoints, step_of
+from ultrarec.trainer.parallel import World
+from ultrarec.trainer.pieces import Piece
 from ultrarec.trainer.retention import kept_steps
-from ultrarec.trainer.storage import location
+from ultrarec.trainer.saver import Saver
+from ultrarec.trainer.state import TrainState
+from ultrarec.trainer.storage import location, put
 
 
 def train_here(config, out: Path, recipe: Path) -> int:
     """What `ultrarec train` does in one process."""
     recipe.write_text(config.to_toml())
     return main([str(recipe), "--out", str(out)])
+
+
+def command_line():
+    """`ultrarec checkpoint`."""
+    parser = argparse.ArgumentParser()
+    checkpoint_command.add_arguments(parser)
+    return lambda *words: checkpoint_command.run(parser.parse_args([str(word) for word in words]))
 
 
 def saved_steps(home) -> list[int]:
@@ -140,11 +157,74 @@ def test_a_run_saves_to_an_object_store_and_continues_from_it(trained, dataset, 
     assert not differing(final_tensors(home), final_tensors(trained(1)["ranking"]))
 
 
-def test_an_object_store_that_goes_away_costs_checkpoints_only(dataset, tmp_path, capsys):
-    settings = (
-        "checkpoint.every=5",
-        "checkpoint.path=s3://key:secret@bucket/run?endpoint_override=http%3A%2F%2F127.0.0.1%3A9&region=x",
-    )
-    out = tmp_path / "out"
-    assert train_here(config_of(dataset, "ranking", *settings), out, tmp_path / "recipe.toml") == 2
-    assert "error: cannot" in capsys.readouterr().err
+def test_an_object_store_that_cannot_be_reached_is_told(dataset, tmp_path, capsys):
+    path = "s3://key:secret@bucket/run?endpoint_override=http%3A%2F%2F127.0.0.1%3A9&region=us-east-1"
+    config = config_of(dataset, "ranking", f"checkpoint.path={path}")
+    assert train_here(config, tmp_path / "out", tmp_path / "recipe.toml") == 2
+    told = capsys.readouterr().err
+    assert "error: cannot look for checkpoints in s3://bucket/run: " in told
+    assert "secret" not in told
+
+
+def test_commands_read_an_object_store_as_they_read_a_folder(trained, dataset, tmp_path, object_store, capsys):
+    _, address = object_store
+    home = location(address("shelf/run"))
+    home.filesystem.create_dir("shelf")
+    source = trained(2)["ranking"]
+    for folder in complete_checkpoints(source)[-2:]:
+        for path in folder.iterdir():
+            put(home / "checkpoints" / folder.name / path.name, path.read_bytes())
+    command = command_line()
+    assert command("verify", address("shelf/run")) == 0
+    assert command("list", address("shelf/run")) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("s3://shelf/run/checkpoints/step-000000") == 4
+    assert command("diff", address("shelf/run"), source) == 0
+    assert command("export", address("shelf/run"), "--out", tmp_path / "export", "--dataset", dataset) == 0
+    (home / "checkpoints" / "step-00000024" / "rank-00001.safetensors").unlink()
+    assert command("verify", address("shelf/run")) == 1
+    assert "rank-00001.safetensors is missing" in capsys.readouterr().out
+
+
+def save_onto_slow_storage(home: Path):
+    """Rank 1's storage hangs; what the saves of two steps return, take and say."""
+    released = threading.Event()
+    write = pieces.Image.write
+    rank = dist.get_rank()
+
+    def slow(image, folder):
+        if rank == 1:
+            released.wait()
+        return write(image, folder)
+
+    pieces.Image.write = slow
+    saver_module.PATIENCE_SECONDS = 0.2
+    said: list[str] = []
+    world = World(rank=rank, size=2, device=torch.device("cpu"))
+    saver = Saver(CheckpointConfig(), home, world, config_hash="", dataset="", say=said.append)
+    values, seconds = torch.zeros(10), []
+    for step in (1, 2):
+        values.fill_(step)
+        started = time.monotonic()
+        saver.save([Piece.whole(f"rank/{rank}/values", values)], TrainState(step=step), sync=[])
+        seconds.append(time.monotonic() - started)
+    values.fill_(99)
+    dist.barrier()
+    unfinished = complete_checkpoints(home)
+    dist.barrier()
+    released.set()
+    error = saver.wait()
+    saver.close()
+    return seconds, said, unfinished, error, saver.failures
+
+
+def test_a_step_waits_for_no_storage_and_a_save_that_is_overtaken_is_left_out(tmp_path):
+    for seconds, said, unfinished, error, failures in run_ranks(save_onto_slow_storage, tmp_path, world_size=2):
+        assert max(seconds) < 10
+        (told,) = said
+        assert told.startswith("checkpoint of step 2 left out: that of step 1 is still being written to ")
+        assert (unfinished, error, failures) == ([], None, 1)
+    (folder,) = complete_checkpoints(tmp_path)
+    assert step_of(folder) == 1
+    for values in checkpoint_tensors(folder).values():
+        assert torch.equal(values, torch.ones(10)), "the state of the step that was saved"
