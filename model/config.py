@@ -188,11 +188,15 @@ class ObjectiveConfig(BaseModel):
     num_experts: int = Field(default=0, ge=0, le=1024)
     """Ranking: hidden layers of the head, which each task mixes by a gate of its own (MMoE, KDD 2018); 0 is a single
     one that all tasks share."""
-    loss: Literal["auto", "sampled_softmax", "full_softmax"] = "auto"
-    """Next item: `auto` takes the full softmax up to `full_softmax_items` items."""
+    loss: Literal["auto", "sampled_softmax", "full_softmax", "bce"] = "auto"
+    """Next item: `auto` takes the full softmax up to `full_softmax_items` items, else the sampled one; `bce` judges
+    positives and negatives one by one, as SASRec does."""
     full_softmax_items: int = Field(default=20_000, gt=0)
     num_negatives: int = Field(default=1024, gt=0)
-    """Next item, sampled softmax: uniform negatives, shared by all positions of a step."""
+    """Next item, sampled softmax and bce: uniform negatives, shared by all positions of a step."""
+    num_in_batch: int = Field(default=0, ge=0)
+    """Next item, sampled softmax: so many further negatives, labels of other positions of this rank's step. They are
+    items as often as these are popular; each negative's score is then corrected by how often it is expected."""
     temperature: float = Field(default=0.05, gt=0)
     """Next item: divides the cosine of user vector and item embedding."""
 
@@ -205,6 +209,11 @@ class ObjectiveConfig(BaseModel):
         if self.kind == "next_item" and self.tasks:
             raise ValueError(
                 f"objective.tasks={list(self.tasks)} belongs to kind='ranking'; remove it for kind='next_item'"
+            )
+        if self.num_in_batch and self.loss != "sampled_softmax":
+            raise ValueError(
+                f"objective.num_in_batch={self.num_in_batch} adds negatives to loss='sampled_softmax', and "
+                f"objective.loss={self.loss!r} would ignore them; set that loss, or num_in_batch to 0"
             )
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"objective.tasks={list(self.tasks)} names a task twice; name each once")

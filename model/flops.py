@@ -2,7 +2,7 @@
 
 Formulas, not measurements: matrix products, and attention over the pairs that the mask lets through; sums, norms and
 activations are left out. A multiplication and an addition are two operations. Backward passes of the attention
-multiply q and k again (arXiv 2205.14135, section 3.1), as every implementation here does.
+multiply q and k again (arXiv 2205.14135, section 3.1), as fused implementations do.
 """
 
 # T = tokens of a sample, P = pairs of a query and a key that it sees, E = model width, V = H * D columns of all heads

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from .layers import full_precision
 
@@ -49,29 +50,73 @@ def sampled_softmax(
     labels_M: Tensor,
     candidate_ids_C: Tensor,
     temperature: float,
+    expected_counts_C: Tensor | None = None,
 ) -> Tensor:
     """Cross entropy of every user vector over its own positive and the shared candidates, summed (scalar).
 
     A candidate that is the row's own label does not count against it. Label 0, the unknown item, is ignored.
-    Vectors are of length 1; temperature divides their products.
+    Vectors are of length 1; temperature divides their products. With `expected_counts_C`, how often each candidate's
+    item is expected among the candidates, an item counts as much however popular it is: the logarithm is taken off its
+    score (Bengio and Senecal, 2008), and the sum over candidates estimates that over the catalogue.
     """
     queries_MD = users_MD / temperature
     positive_M = (queries_MD * positives_MD).sum(dim=-1)
-    return _softmax(queries_MD, candidates_CD, positive_M, labels_M, candidate_ids_C)
+    shift_C = None if expected_counts_C is None else -expected_counts_C.to(queries_MD.dtype).log()
+    return _softmax(queries_MD, candidates_CD, positive_M, labels_M, candidate_ids_C, shift_C)
+
+
+def sampled_bce(
+    users_MD: Tensor,
+    positives_MD: Tensor,
+    candidates_CD: Tensor,
+    *,
+    labels_M: Tensor,
+    candidate_ids_C: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Binary cross entropy of every positive, and the mean of it over the shared negatives, summed (scalar).
+
+    SASRec's loss (arXiv 1808.09781, section 3.6) with more negatives than one. A candidate that is the row's own label
+    is no negative of it. Label 0, the unknown item, is ignored. Vectors are of length 1; temperature divides products.
+    """
+    queries_MD = users_MD / temperature
+    positive_M = (queries_MD * positives_MD).sum(dim=-1)
+    counts_M = (labels_M > 0).to(queries_MD.dtype)
+    with torch.autocast(queries_MD.device.type, enabled=False):
+        loss = (counts_M * F.softplus(-positive_M)).sum()
+        rows = max(1, LOGITS_PER_CHUNK[queries_MD.device.type] // len(candidates_CD))
+        # At least once, so that candidates have a gradient where there is no label.
+        for begin in range(0, max(len(queries_MD), 1), rows):
+            chunk = slice(begin, begin + rows)
+            weights = counts_M[chunk, None] * (labels_M[chunk, None] != candidate_ids_C) / len(candidate_ids_C)
+            # The logits are made again in the backward: of all chunks together they are the largest tensor of a step.
+            inputs = (queries_MD[chunk], candidates_CD, weights)
+            loss = loss + checkpoint(_weighted_softplus, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return loss
+
+
+def _weighted_softplus(queries_MD: Tensor, candidates_CD: Tensor, weights_MC: Tensor) -> Tensor:
+    return (weights_MC * F.softplus(queries_MD @ candidates_CD.T)).sum()
 
 
 def _softmax(
-    queries_MD: Tensor, candidates_CD: Tensor, positive_M: Tensor, labels_M: Tensor, candidate_ids_C: Tensor | None
+    queries_MD: Tensor,
+    candidates_CD: Tensor,
+    positive_M: Tensor,
+    labels_M: Tensor,
+    candidate_ids_C: Tensor | None,
+    shift_C: Tensor | None = None,
 ) -> Tensor:
     apply = cast(Callable[..., Tensor], _ChunkedSoftmax.apply)
     with torch.autocast(queries_MD.device.type, enabled=False):
-        return apply(queries_MD, candidates_CD, positive_M, labels_M, candidate_ids_C)
+        return apply(queries_MD, candidates_CD, positive_M, labels_M, candidate_ids_C, shift_C)
 
 
 class _ChunkedSoftmax(torch.autograd.Function):
     """sum over m with label > 0 of logsumexp(logits_m) - positive_m, where logits = queries @ candidates^T.
 
-    With candidate ids, the positive joins the candidates' logits, and candidates equal to the label leave them.
+    With candidate ids, the positive joins the candidates' logits, and candidates equal to the label leave them; a
+    shift is added to the candidates' logits and takes no gradient.
     Nothing of size M x C exists: the loss is a sum, so its gradients are known up to the incoming scalar while a
     chunk's logits are at hand, and the forward pass keeps those instead of the logits.
     """
@@ -84,6 +129,7 @@ class _ChunkedSoftmax(torch.autograd.Function):
         positive_M: Tensor,
         labels_M: Tensor,
         candidate_ids_C: Tensor | None,
+        shift_C: Tensor | None,
     ) -> Tensor:
         loss = queries_MD.new_zeros(())
         dqueries_MD = torch.empty_like(queries_MD)
@@ -95,6 +141,8 @@ class _ChunkedSoftmax(torch.autograd.Function):
             query, positive, label = queries_MD[chunk], positive_M[chunk], labels_M[chunk]
             counts = (label > 0).to(query.dtype)
             logits = query @ candidates_CD.T
+            if shift_C is not None:
+                logits += shift_C
             if candidate_ids_C is not None:
                 logits.masked_fill_(label[:, None] == candidate_ids_C, -torch.inf)
             top = torch.maximum(logits.amax(dim=1), positive)
@@ -116,4 +164,4 @@ class _ChunkedSoftmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dqueries_MD, dcandidates_CD, dpositive_M = ctx.saved_tensors
-        return dqueries_MD * dloss, dcandidates_CD * dloss, dpositive_M * dloss, None, None
+        return dqueries_MD * dloss, dcandidates_CD * dloss, dpositive_M * dloss, None, None, None

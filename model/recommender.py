@@ -20,7 +20,7 @@ from .config import ModelConfig, ObjectiveConfig
 from .encoder import SequenceEncoder
 from .heads import RankingHead, UserVectorHead
 from .inputs import Features, features_of
-from .losses import full_softmax, multi_task_bce, normalize, sampled_softmax
+from .losses import full_softmax, multi_task_bce, normalize, sampled_bce, sampled_softmax
 
 Embeddings = dict[str, Tensor]
 
@@ -83,11 +83,25 @@ class RankingModel(nn.Module):
 class NextItemModel(nn.Module):
     """A vector per user whose cosine with an item's embedding ranks the catalogue."""
 
-    def __init__(self, encoder: SequenceEncoder, head: UserVectorHead, *, temperature: float) -> None:
+    popularity: Tensor
+
+    def __init__(
+        self, encoder: SequenceEncoder, head: UserVectorHead, objective: ObjectiveConfig, *, popularity: Tensor | None
+    ) -> None:
+        """`popularity` [items + 1], each item's share of the training events by id; for in-batch negatives only."""
         super().__init__()
         self.encoder = encoder
         self.head = head
-        self.temperature = temperature
+        self.temperature = objective.temperature
+        self.is_bce = objective.loss == "bce"
+        self.num_in_batch = objective.num_in_batch
+        if objective.num_in_batch:
+            if popularity is None:
+                raise ValueError(
+                    "objective.num_in_batch corrects negatives by their popularity; give the items' shares"
+                )
+            # It follows from the dataset, so a checkpoint need not hold it.
+            self.register_buffer("popularity", popularity, persistent=False)
 
     def forward(self, batch: Batch, embeddings: Embeddings) -> tuple[Tensor, NextItemOutput]:
         """The loss, summed over this rank's labels, and the user vectors it was made of.
@@ -113,14 +127,45 @@ class NextItemModel(nn.Module):
         candidates_CD = self.item_vectors(embeddings["candidate"])
         if "positive" not in embeddings:
             return full_softmax(users_MD, candidates_CD, batch.labels, temperature=self.temperature)
+        positives_MD = self.item_vectors(embeddings["positive"])
+        ids_C = batch.ids.values()[-len(candidates_CD) :]  # candidates are the last key
+        if self.is_bce:
+            return sampled_bce(
+                users_MD,
+                positives_MD,
+                candidates_CD,
+                labels_M=batch.labels,
+                candidate_ids_C=ids_C,
+                temperature=self.temperature,
+            )
+        counts_C = None
+        if self.num_in_batch:
+            candidates_CD, ids_C, counts_C = self.with_labels(candidates_CD, ids_C, positives_MD, batch.labels)
         return sampled_softmax(
             users_MD,
-            self.item_vectors(embeddings["positive"]),
+            positives_MD,
             candidates_CD,
             labels_M=batch.labels,
-            candidate_ids_C=batch.ids.values()[-len(candidates_CD) :],  # candidates are the last key
+            candidate_ids_C=ids_C,
             temperature=self.temperature,
+            expected_counts_C=counts_C,
         )
+
+    def with_labels(
+        self, candidates_CD: Tensor, ids_C: Tensor, positives_MD: Tensor, labels_M: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The uniform candidates and labels of the step: vectors, ids, and how often each is expected among them.
+
+        Labels are taken at even distances, so that all users of the step give some. The unknown item, which is no
+        candidate, is expected infinitely often: it then counts for nothing.
+        """
+        num_labels = min(self.num_in_batch, len(labels_M))
+        places = torch.arange(num_labels, device=labels_M.device) * len(labels_M) // max(num_labels, 1)
+        ids_C = torch.cat([ids_C, labels_M[places]])
+        num_items = self.popularity.numel() - 1
+        expected_C = len(candidates_CD) / num_items + num_labels * self.popularity[ids_C]
+        expected_C = expected_C.masked_fill(ids_C == 0, torch.inf)
+        return torch.cat([candidates_CD, positives_MD[places]]), ids_C, expected_C
 
     def item_vectors(self, item_embeddings: Tensor) -> Tensor:
         """Rows of the item table [..., D] as the float32 vectors of length 1 that `score` compares."""
@@ -140,11 +185,13 @@ def build_model(
     embedding_dim: int,
     max_history: int,
     max_targets: int,
+    popularity: Tensor | None = None,
 ) -> RankingModel | NextItemModel:
     """The model of a recipe, initialised from torch's global generator: same seed, same parameters.
 
     `actions` are the dataset's declared actions in bit order; `max_history` and `max_targets` bound the events of a
-    sample (next item: `max_targets` is 0). Raises ValueError for a task that is no action of the dataset, and for
+    sample (next item: `max_targets` is 0); `popularity` [items + 1] has each item's share of the training events, which
+    in-batch negatives are corrected by. Raises ValueError for a task that is no action of the dataset, and for
     settings that do not go together.
     """
     _check(model, objective, features=features, actions=actions, embedding_dim=embedding_dim)
@@ -160,7 +207,7 @@ def build_model(
     )
     if not is_ranking:
         head = UserVectorHead(width=model.width, embedding_dim=embedding_dim)
-        return NextItemModel(encoder, head, temperature=objective.temperature)
+        return NextItemModel(encoder, head, objective, popularity=popularity)
     return RankingModel(
         encoder,
         RankingHead(

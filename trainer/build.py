@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -98,11 +99,21 @@ def build_recommender(config: Config, info: DatasetInfo) -> Recommender:
             embedding_dim=config.embeddings.dim,
             max_history=config.data.max_history,
             max_targets=config.data.targets_per_sample if config.objective.kind == "ranking" else 0,
+            popularity=item_shares(info) if config.objective.num_in_batch else None,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
     tables = build_tables(config.embeddings, num_items=info.num_items, features=features, item_keys=item_keys)
     return Recommender(Lookup(tables, config.embeddings), model)
+
+
+def item_shares(info: DatasetInfo) -> Tensor:
+    """Each item's share of the training events by dense id, [items + 1] float32; the unknown item has none."""
+    counts = pq.read_table(info.locate(info.vocabularies["items"].path), columns=["id", "count"])
+    shares = torch.zeros(info.num_items + 1)
+    ids, times = (torch.from_numpy(counts[name].to_numpy().copy()) for name in ("id", "count"))
+    shares[ids] = times.float()
+    return shares / info.counts.train_events
 
 
 def shard(recommender: Recommender, config: Config, world: World) -> Sharded:

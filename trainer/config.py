@@ -171,7 +171,9 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
+        # A default that is made of a value that is wrong is no further mistake of the user's.
+        problems = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
+        raise UserError(f"{path}: " + "; ".join(_explain(problem) for problem in problems)) from None
 
 
 def _recipe_path(name: str) -> Path:

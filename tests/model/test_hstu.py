@@ -195,8 +195,9 @@ def test_layer_is_the_papers_equations_with_their_gradients(settings):
         torch.testing.assert_close(got_gradient, expected_gradient, rtol=1e-8, atol=1e-8, msg=f"gradient of {name}")
 
 
-def test_contextual_tokens_see_the_history_and_no_target():
-    config = ModelConfig(**RESEARCH)
+@pytest.mark.parametrize("attention", ["silu", "softmax"])
+def test_contextual_tokens_see_the_history_and_no_target(attention):
+    config = ModelConfig(**RESEARCH, attention=attention)
     lengths, targets = [5, 2, 9], [1, 0, 3]
     seqs = sequences(lengths, targets)
     layer = random_layer(config, AttentionMask(num_contextual=2))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ultrarec.model import losses
-from ultrarec.model.losses import full_softmax, multi_task_bce, normalize, sampled_softmax
+from ultrarec.model.losses import full_softmax, multi_task_bce, normalize, sampled_bce, sampled_softmax
 
 M, C, D = 37, 11, 6
 
@@ -62,6 +62,51 @@ def test_sampled_softmax_is_cross_entropy_over_positive_and_other_candidates(tem
     assert_same_gradients(got, expected, {"users": users, "positives": positives, "candidates": candidates})
 
 
+@pytest.mark.usefixtures("chunk")
+def test_a_corrected_candidate_counts_as_the_items_it_stands_for():
+    users, positives, candidates, label = vectors(M, 1), vectors(M, 2), vectors(C, 3), labels()
+    candidate_ids = torch.tensor([3, 5, 5, 20, 21, 22, 23, 1, 9, 10, 3])
+    counts = torch.linspace(0.1, 2, C, dtype=torch.float64)
+    counts[4] = torch.inf
+    expected = users.new_zeros(())
+    for m in range(M):
+        if label[m] == 0:
+            continue
+        total = (own := (positives[m] @ users[m] / 0.2).exp())
+        for c in range(C):
+            if candidate_ids[c] != label[m]:
+                total = total + (candidates[c] @ users[m] / 0.2).exp() / counts[c]
+        expected = expected + (total / own).log()
+    got = sampled_softmax(
+        users,
+        positives,
+        candidates,
+        labels_M=label,
+        candidate_ids_C=candidate_ids,
+        temperature=0.2,
+        expected_counts_C=counts,
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    assert_same_gradients(got, expected, {"users": users, "positives": positives, "candidates": candidates})
+
+
+@pytest.mark.usefixtures("chunk")
+def test_sampled_bce_judges_each_positive_and_the_mean_of_other_candidates():
+    users, positives, candidates, label = vectors(M, 1), vectors(M, 2), vectors(C, 3), labels()
+    candidate_ids = torch.tensor([3, 5, 5, 20, 21, 22, 23, 1, 9, 10, 3])
+    expected = users.new_zeros(())
+    for m in range(M):
+        if label[m] == 0:
+            continue
+        expected = expected - torch.sigmoid(positives[m] @ users[m] / 0.2).log()
+        for c in range(C):
+            if candidate_ids[c] != label[m]:
+                expected = expected - (1 - torch.sigmoid(candidates[c] @ users[m] / 0.2)).log() / C
+    got = sampled_bce(users, positives, candidates, labels_M=label, candidate_ids_C=candidate_ids, temperature=0.2)
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=0)
+    assert_same_gradients(got, expected, {"users": users, "positives": positives, "candidates": candidates})
+
+
 def test_sampled_softmax_over_the_whole_catalogue_is_the_full_softmax():
     users, catalogue, label = vectors(M, 1), vectors(C, 2), labels()
     sampled = sampled_softmax(
@@ -93,8 +138,9 @@ def test_softmax_without_labels_is_zero_with_a_gradient_for_every_input():
     sampled = sampled_softmax(
         users, positives, candidates, labels_M=none, candidate_ids_C=torch.arange(C), temperature=0.1
     )
-    (full + sampled).backward()
-    assert full == sampled == 0
+    bce = sampled_bce(users, positives, candidates, labels_M=none, candidate_ids_C=torch.arange(C), temperature=0.1)
+    (full + sampled + bce).backward()
+    assert full == sampled == bce == 0
     assert users.grad.shape == positives.grad.shape == (0, D)
     assert torch.equal(candidates.grad, torch.zeros(C, D, dtype=torch.float64))
 

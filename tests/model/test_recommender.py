@@ -106,6 +106,7 @@ def make(settings, objective, features, actions, *, embedding_dim=E, seed=0, per
         embedding_dim=embedding_dim,
         max_history=MAX_HISTORY,
         max_targets=MAX_TARGETS if objective.kind == "ranking" else 0,
+        popularity=torch.full((31,), 1 / 30) if objective.num_in_batch else None,
     ).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -303,6 +304,42 @@ def test_next_item_is_the_formula_with_its_gradients(
     assert_same_gradients(loss, expected, all_inputs(model, rows))
 
 
+def test_labels_of_the_step_join_the_negatives_corrected_by_their_popularity(actions, walks, collate, tables):
+    torch.manual_seed(0)
+    objective = ObjectiveConfig(kind="next_item", loss="sampled_softmax", temperature=0.5, num_in_batch=6)
+    popularity = torch.rand(31, dtype=torch.float64)
+    popularity = popularity.index_fill(0, torch.tensor([0]), 0) / popularity[1:].sum()
+    model = build_model(
+        ModelConfig(**PLAIN),
+        objective,
+        features={},
+        actions=actions,
+        embedding_dim=E,
+        max_history=MAX_HISTORY,
+        max_targets=0,
+        popularity=popularity,
+    ).double()
+    rows, uniform = tables(E), torch.tensor([3, 9, 17])
+    batch = collate(walks, uniform, sampled=True)
+    batch.labels[4] = 0  # the unknown item, which stands at one of the places that are drawn
+    loss, outputs = model(batch, rows.look_up(batch))
+    labels = batch.labels.tolist()
+    drawn = [labels[k * len(labels) // 6] for k in range(6)]
+    assert 0 in drawn
+    items = F.normalize(rows.item, dim=1)
+    positives = items[batch.ids["positive"].values()]
+    expected = torch.zeros((), dtype=torch.float64)
+    for vector, positive, label in zip(outputs.user_vectors, positives, labels, strict=True):
+        if label == 0:
+            continue
+        total = (own := (vector @ positive / 0.5).exp())
+        for item in [*uniform.tolist(), *drawn]:
+            if item not in (label, 0):
+                total = total + (vector @ items[item] / 0.5).exp() / (3 / 30 + 6 * popularity[item])
+        expected = expected + (total / own).log()
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+
+
 @VARIANTS
 def test_next_item_evaluation_encodes_the_last_position_and_needs_no_candidates(
     settings, features, actions, walks, collate, tables
@@ -456,17 +493,18 @@ def test_history_actions_are_read(features, actions, samples, collate, tables):
 
 @EVERY_BACKBONE
 @pytest.mark.parametrize("with_features", [True, False])
-@pytest.mark.parametrize("kind", ["ranking", "full", "sampled"])
+@pytest.mark.parametrize("kind", ["ranking", "full", "sampled", "bce", "in_batch"])
 def test_a_padding_batch_gives_zero_loss_and_a_zero_gradient_to_every_parameter(
     settings, with_features, kind, features, actions, random_sample, collate, tables
 ):
     features = features if with_features else {}
     ranking = kind == "ranking" or ranks_only(settings)
-    objective = RANKING if ranking else NEXT_ITEM
+    losses = {"bce": {"loss": "bce"}, "in_batch": {"loss": "sampled_softmax", "num_in_batch": 4}}
+    objective = RANKING if ranking else NEXT_ITEM.model_copy(update=losses.get(kind, {}))
     model = make(settings if ranking else causal(settings), objective, features, actions)
     rows = tables(E)
     nobody = dataclasses.replace(random_sample(0, 0, 0, next_item=not ranking), user_id=0, age=0)
-    batch = collate([nobody], None if ranking else torch.arange(1, 31), sampled=kind == "sampled")
+    batch = collate([nobody], None if ranking else torch.arange(1, 31), sampled=kind != "full")
     embeddings = rows.look_up(batch)
     if not with_features:
         del embeddings["author"], embeddings["user_id"]

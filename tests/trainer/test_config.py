@@ -141,6 +141,16 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
         ("objective.task_weights=[-1.0]", "objective.task_weights.0=-1.0: input should be greater than or equal to 0"),
         ("optimizer.lr=inf", "optimizer.lr=inf: input should be a finite number"),
         ("model.qk_dim=100000000", "model.qk_dim=100000000: input should be less than or equal to 65536"),
+        (
+            "objective.num_in_batch=4",
+            "objective.num_in_batch=4 adds negatives to loss='sampled_softmax', and objective.loss='auto' would ignore "
+            "them; set that loss, or num_in_batch to 0",
+        ),
+        (
+            "model.tail={num_layers=1, num_events=8, prefix=2}",
+            "model.tail: model.tail.prefix=2 exempts tokens from a window, and model.tail.window=0 is none; "
+            "set model.tail.window",
+        ),
         ("objective.task_weights=[1.0, 2.0]", "objective.task_weights has 2 values for 1 tasks; give one per task"),
         (
             "data.features.tab.kind=word",

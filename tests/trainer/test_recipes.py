@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from process_group import run_ranks
@@ -15,7 +16,7 @@ from small_runs import train_on_ranks
 
 from ultrarec.data.schema import DatasetInfo, Vocabulary
 from ultrarec.data.synthetic import random_histories, write_dataset
-from ultrarec.trainer.build import Recommender, build_recommender
+from ultrarec.trainer.build import Recommender, build_recommender, item_shares
 from ultrarec.trainer.config import Config, list_recipes, load_config
 
 NUM_ITEMS = 40
@@ -62,12 +63,28 @@ def info(tmp_path_factory: pytest.TempPathFactory) -> DatasetInfo:
 
 def test_every_recipe_trains_a_step_when_it_is_made_small(info, tmp_path):
     runs = [(made_small(load_config(name), info.root), tmp_path / name) for name in list_recipes()]
+    # The losses that no recipe of a published configuration has.
+    sasrec = made_small(load_config("sasrec_ml1m"), info.root)
+    for loss, num_in_batch in (("bce", 0), ("sampled_softmax", 8)):
+        objective = sasrec.objective.model_copy(update={"loss": loss, "num_in_batch": num_in_batch})
+        runs.append((sasrec.model_copy(update={"objective": objective}), tmp_path / loss))
     run_ranks(train_on_ranks, runs, world_size=1)
     for _, out in runs:
         first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
         assert first["split"] == "train"
         assert first["loss"] > 0, out.name
         assert first["grad_norm"] > 0, out.name
+
+
+def test_shares_of_items_are_how_often_each_is_trained_on(info):
+    shares = item_shares(info)
+    assert shares.shape == (NUM_ITEMS + 1,)
+    assert shares[0] == 0
+    # The rest is the share of unknown items, which the histories also hold.
+    assert 0.9 < shares.sum() < 1
+    table = pq.read_table(info.locate("items.parquet")).to_pydict()
+    for item, count in zip(table["id"], table["count"], strict=True):
+        assert shares[item] == pytest.approx(count / info.counts.train_events)
 
 
 def built_on_meta(name: str, info: DatasetInfo, num_items: int) -> Recommender:
