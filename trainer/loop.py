@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from ..data.batch import Batch
 from ..data.errors import UserError
 from ..data.loader import Loader
 from ..data.samples import Split
@@ -21,7 +19,7 @@ from .parallel import World, on_main, sum_over_ranks
 from .report import METRICS_FILE, Audit, Reporter, read_lines
 from .saver import Saver
 from .state import TrainState, Window
-from .step import Step, Trained, train_step
+from .step import Pipeline, Step, train_step
 
 
 @dataclass
@@ -42,7 +40,7 @@ class Run:
     world: World
     out: Path
     trainable: Trainable
-    pipeline: TrainPipelineSparseDist[Batch, Trained]
+    pipeline: Pipeline
     loader: Loader
     evaluator: Evaluator
     total_steps: int

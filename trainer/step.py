@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from .config import TrainerConfig
 from .health import require_finite
 from .optimizer import Deferred
 from .parallel import World
+from .unpipelined import Unpipelined
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -29,6 +30,9 @@ class Trained:
     loss_sum: Tensor
 
 
+Pipeline: TypeAlias = TrainPipelineSparseDist[Batch, Trained] | Unpipelined[Trained]
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """A finished update."""
@@ -38,13 +42,12 @@ class Step:
     gradient_norm: Tensor
 
 
-def build_pipeline(
-    parallel: DistributedModelParallel, config: TrainerConfig, world: World
-) -> TrainPipelineSparseDist[Batch, Trained]:
+def build_pipeline(parallel: DistributedModelParallel, config: TrainerConfig, world: World) -> Pipeline:
     """The pipeline that overlaps a step with the next batch's exchange of ids and the one after's way to the device."""
-    return TrainPipelineSparseDist(
-        parallel, Deferred(), world.device, custom_model_fwd=_scaled_loss(parallel, config, world)
-    )
+    forward = _scaled_loss(parallel, config, world)
+    if parallel.module.lookup.collection is None:
+        return Unpipelined(forward, world.device)
+    return TrainPipelineSparseDist(parallel, Deferred(), world.device, custom_model_fwd=forward)
 
 
 def _scaled_loss(
