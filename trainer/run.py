@@ -25,6 +25,7 @@ from .signals import StopRequest
 from .state import TrainState
 from .storage import Location, checkpoint_home, location
 from .timing import Timer
+from .unpipelined import Unpipelined
 from .watchdog import Watchdog
 
 CONFIG_FILE = "config.toml"
@@ -73,6 +74,7 @@ def assemble(
     )
     timer = Timer(world.device)
     timer.watch_module(recommender.lookup, "exchange")
+    pipeline = Unpipelined if recommender.lookup.collection is None else GuardedPipeline
     reporter.say(_greeting(out, sharded.plan, newest, world, state.step, total_steps))
     try:
         yield Run(
@@ -80,7 +82,7 @@ def assemble(
             world=world,
             out=out,
             trainable=trainable,
-            pipeline=GuardedPipeline(
+            pipeline=pipeline(
                 sharded.parallel,
                 recommender.cut,
                 trainable.optimizer.dense,
