@@ -21,8 +21,8 @@ from .config import EmbeddingOptimizerConfig, EmbeddingsConfig
 
 OPTIMIZERS = {"rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "adam": EmbOptimType.ADAM}
 # The planner replicates no table unasked: TorchRec's own way fails on the CPU (see replicated.py), and ours pays with a
-# sum over all rows in every step. Nor does it cut columns unasked: row-wise Adagrad keeps one sum per piece of a row, so
-# that a table would learn otherwise on a cluster whose planner cuts it.
+# sum over all rows in every step. Nor does it cut columns unasked: row-wise Adagrad keeps one sum per piece of a row,
+# so that a table would learn otherwise on a cluster whose planner cuts it.
 PLANNED = [ShardingType.ROW_WISE, ShardingType.TABLE_WISE]
 RESERVED_SHARE = 0.15
 """Part of a device's memory that the planner leaves to activations and the dense model."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from . import bench_attention
+from . import bench_attention, bench_checkpoint
 
 SUBJECTS = {
     "attention": (
         bench_attention,
         "HSTU attention on the CPU against the padded dense formulation and the rate of matrix products",
+    ),
+    "checkpoint": (
+        bench_checkpoint,
+        "stall of an asynchronous save, and rates of writing and reading against a plain copy of the same files",
     ),
 }
 

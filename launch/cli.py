@@ -128,17 +128,20 @@ The same number of processes as the run had gives the same numbers, bit for bit.
     ),
     "checkpoint": Command(
         checkpoint,
-        "list, verify or inspect the checkpoints of a run",
+        "list, verify, inspect, compare or export the checkpoints of a run",
         """\
   ultrarec checkpoint list runs/hstu_kuairand_sample
-  ultrarec checkpoint verify runs/hstu_kuairand_sample""",
+  ultrarec checkpoint verify runs/hstu_kuairand_sample
+  ultrarec checkpoint diff runs/mine/checkpoints/step-00000100 runs/mine
+  ultrarec checkpoint export runs/hstu_kuairand_sample --out serving""",
     ),
     "bench": Command(
         bench,
         "measure how fast this machine computes, against what one would use instead",
         """\
   ultrarec bench attention
-  ultrarec bench attention --dtype bf16 --threads 2 --lengths 1024,4096 --out bench""",
+  ultrarec bench attention --dtype bf16 --threads 2 --lengths 1024,4096 --out bench
+  ultrarec bench checkpoint --gib 1 --where /data""",
     ),
     "doctor": Command(
         doctor,

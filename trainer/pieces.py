@@ -13,7 +13,7 @@ import zlib
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ INDEX = "index.json"
 BLOCK_BYTES = 1 << 24
 """Bytes of rows with one checksum: few enough that a reader of some rows reads little else, and that a block stays in
 the processor's cache between its checksum and its copy."""
+SYNC_BYTES = 1 << 26
+"""Bytes between two requests to bring a file to disk while it is still being written."""
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -149,11 +151,17 @@ class Image:
         starts = [0, *self.ends[:-1]]
         blocks = [content[start:end] for start, end in zip(starts, self.ends, strict=True)]
         path = folder / self.file
-        with ThreadPoolExecutor(1) as pool, path.open("wb") as file:
-            checksums = pool.map(zlib.crc32, blocks)  # beside the writing: both run without Python's lock
-            for block in blocks:
+        # Writing, checksumming and bringing to disk run without Python's lock, and so beside each other.
+        with ThreadPoolExecutor(1) as checksummer, ThreadPoolExecutor(1) as syncer, path.open("wb") as file:
+            checksums = checksummer.map(zlib.crc32, blocks)
+            synced: list[Future[None]] = []
+            for end, block in zip(self.ends, blocks, strict=True):
                 file.write(block)
+                if isinstance(path, Path) and end >= (len(synced) + 1) * SYNC_BYTES:
+                    synced.append(syncer.submit(os.fdatasync, file.fileno()))
             file.flush()
+            for future in synced:
+                future.result()  # an error of the disk is told once only: to the first who asks
             if isinstance(path, Path):
                 os.fsync(file.fileno())
         return FileRecord(self.file, [Block(end, crc) for end, crc in zip(self.ends, checksums, strict=True)])

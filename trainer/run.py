@@ -110,7 +110,10 @@ def assemble(
 def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool) -> list[Location]:
     """The complete checkpoints of this run, which must belong to this configuration."""
     home = checkpoint_home(config.checkpoint, out)
-    complete = complete_checkpoints(home)
+    try:
+        complete = complete_checkpoints(home)
+    except OSError as error:
+        raise UserError(f"cannot look for checkpoints in {home}: {error}; check checkpoint.path and its keys") from None
     if fresh and (complete or (out / CONFIG_FILE).exists()):
         raise UserError(f"--fresh: {out} already holds a run; choose another --out, or delete that folder")
     if not complete:

@@ -5,7 +5,8 @@ and writes the index, and last the manifest. Ranks tell each other through the p
 here gets between the collectives of training. What fails is told and counted, and training goes on.
 
 A thread is enough: writing and checksumming run without Python's lock. A process would need the copy in shared memory,
-and the processor's time it takes from the step is the same.
+and take the same time of the processor. Nor does torch.distributed.checkpoint.async_save serve here: its staging, in
+torch 2.13, asks TorchRec's sharded tensors for a data pointer, which they refuse.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ VERSIONED = ("ultrarec", "torch", "torchrec")
 PATIENCE_SECONDS = 10.0
 """How long a save that is due waits for the one before; storage slower than that costs checkpoints, not steps."""
 POLL_SECONDS = 0.005, 0.5
-"""First and longest time between two looks at the store."""
+"""Shortest and longest time between two looks at the store; in between, a tenth of what has been waited."""
 
 
 class SaveError(Exception):
@@ -110,6 +111,11 @@ class Saver:
             self.wait()
             self._image = None  # its memory serves no step
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank's save is still in flight."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> str | None:
         """Wait for the save in flight; why the newest save failed, None if it is complete. The same on every rank."""
         if self._thread is not None:
@@ -129,8 +135,7 @@ class Saver:
         """Whether all ranks have finished the save before, all of them after the same patience."""
         if self._thread is not None:
             self._thread.join(PATIENCE_SECONDS)
-        busy = self._thread is not None and self._thread.is_alive()
-        if sum_over_ranks(torch.tensor([busy])).item() == 0:
+        if sum_over_ranks(torch.tensor([self.is_busy])).item() == 0:
             return True
         self.failures += 1
         self._say(
@@ -191,6 +196,8 @@ class _Job:
             parts = [self._hear(f"rank/{rank}") for rank in range(self.world.size)]
             self._tell("outcome", self._attempt(lambda: self._complete(parts)))
         outcome: str | None = self._hear("outcome").get("error")
+        if self.world.is_main and outcome is None:
+            self._delete_superseded()
         return outcome
 
     def _attempt(self, work: Callable[[], Any]) -> dict[str, Any]:
@@ -221,6 +228,8 @@ class _Job:
         except Exception:
             self._attempt(lambda: remove_tree(self.folder))  # a full disk is not helped by half a checkpoint
             raise
+
+    def _delete_superseded(self) -> None:
         problem = self._attempt(lambda: retain(self.saver.home, self.saver._config, out=self.saver._out))
         if "error" in problem:
             self.saver._say(f"superseded checkpoints of {self.saver.home} could not be deleted: {problem['error']}")
@@ -233,13 +242,12 @@ class _Job:
 
     def _hear(self, name: str) -> dict[str, Any]:
         """What a rank told under this name, as soon as it has."""
-        key, pause = self._key(name, self.number), POLL_SECONDS[0]
+        key, started = self._key(name, self.number), time.monotonic()
         # Not `wait`: it would hold the store's connection, which the main thread may need.
         while not self.store.check([key]):
             if self.saver._stopped.is_set():
                 raise SaveError(f"the run ended before rank(s) answered ({name})")
-            time.sleep(pause)
-            pause = min(2 * pause, POLL_SECONDS[1])
+            time.sleep(min(max((time.monotonic() - started) / 10, POLL_SECONDS[0]), POLL_SECONDS[1]))
         answer: dict[str, Any] = json.loads(self.store.get(key))
         return answer
 

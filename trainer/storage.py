@@ -107,7 +107,9 @@ def location(text: str) -> Location:
         filesystem, path = FileSystem.from_uri(text)
     except (ArrowInvalid, NotImplementedError, OSError) as error:
         raise UserError(f"cannot use {text!r}: {error}; give a folder, or an address such as s3://bucket/run") from None
-    return RemotePath(path.rstrip("/"), shown=text.split("?")[0].rstrip("/"), filesystem=filesystem)
+    # Keys and options that an address may carry are not for logs.
+    scheme = text.split("://")[0]
+    return RemotePath(path.rstrip("/"), shown=f"{scheme}://{path.rstrip('/')}", filesystem=filesystem)
 
 
 def checkpoint_home(config: CheckpointConfig, out: Path) -> Location:

@@ -12,13 +12,12 @@ import torch
 import torch.distributed as dist
 from process_group import run_ranks
 from torch import Tensor, nn
-from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ultrarec.data.config import FeatureConfig
 from ultrarec.data.errors import UserError
-from ultrarec.embeddings import tables
+from ultrarec.embeddings import shards, tables
 from ultrarec.embeddings.config import EmbeddingOptimizerConfig, EmbeddingsConfig
 from ultrarec.embeddings.lookup import Lookup, init_tables
 from ultrarec.embeddings.plan import describe_plan, make_plan
@@ -44,25 +43,22 @@ def shard(config: EmbeddingsConfig, *, std: float = 0.1, seed: int = 3) -> tuple
     return parallel, describe_plan(plan, config)
 
 
-def local_shards(parallel: nn.Module) -> Shards:
+def local_shards(parallel: DistributedModelParallel) -> Shards:
     """Table, first row, first column and values of everything this rank holds."""
-    return [
-        (fqn.split(".")[-2], *part.metadata.shard_offsets, part.tensor.detach().numpy().copy())
-        for module in parallel.modules()
-        if isinstance(module, ShardedEmbeddingCollection)
-        for fqn, weight in module.state_dict().items()
-        for part in weight.local_shards()
-    ]
+    return [(s.table, s.first_row, s.first_column, s.weight_RD.numpy().copy()) for s in shards.local_shards(parallel)]
 
 
 def whole(ranks: list[Shards]) -> dict[str, Tensor]:
-    """The tables that the shards of all ranks make; NaN where no shard lies, an error where two do."""
+    """The tables that the shards of all ranks make; NaN where no shard lies, an error where two do that are no copies
+    of a whole table.
+    """
     rows = {"item": NUM_ITEMS + 1, "user_id": 31}
-    columns = max(column + part.shape[1] for shards in ranks for _, _, column, part in shards)
+    columns = max(column + part.shape[1] for held in ranks for _, _, column, part in held)
     full = {name: torch.full((count, columns), torch.nan) for name, count in rows.items()}
-    for name, row, column, part in (piece for shards in ranks for piece in shards):
+    for name, row, column, part in (piece for held in ranks for piece in held):
         place = full[name][row : row + part.shape[0], column : column + part.shape[1]]
-        assert place.isnan().all(), f"two shards of {name} overlap"
+        is_copy = place.shape == full[name].shape and torch.equal(place, torch.from_numpy(part))
+        assert place.isnan().all() or is_copy, f"two shards of {name} overlap"
         place.copy_(torch.from_numpy(part))
     return full
 
@@ -79,6 +75,8 @@ PLANS = [
     (6, {"item": "table_wise", "user_id": "row_wise"}),
     (WIDE, {"item": "column_wise", "user_id": "row_wise"}),
     (WIDE, {"item": "row_wise", "user_id": "column_wise"}),
+    (6, {"item": "data_parallel", "user_id": "row_wise"}),
+    (6, {"item": "data_parallel", "user_id": "data_parallel"}),
 ]
 
 
@@ -119,9 +117,19 @@ def test_the_plan_honours_the_recipe_and_names_every_shard(initial):
         for (_, sharding), ranks in zip(PLANS, plans, strict=True):
             assert len({page for _, page in ranks}) == 1, "ranks disagree about the plan"
             lines = {line.split()[0]: line for line in ranks[0][1].splitlines()[1:]}
-            for rank, (shards, _) in enumerate(ranks):
-                for name, row, column, part in shards:
-                    if part.size:
+            for rank, (held, _) in enumerate(ranks):
+                for name, row, column, part in held:
+                    if sharding.get(name) == "data_parallel":
+                        assert lines[name].split()[1:] == [
+                            "data_parallel",
+                            "dense",
+                            "recipe",
+                            "whole",
+                            "on",
+                            "every",
+                            "rank",
+                        ]
+                    elif part.size:
                         assert f"{rank} [{part.shape[0]} x {part.shape[1]} at {row}, {column}]" in lines[name]
             assert lines.keys() == {"item", "user_id"}
             for name, kind in sharding.items():
@@ -224,7 +232,9 @@ def trained(dims_and_plans: list[tuple[int, dict[str, Any]]]) -> list[tuple[Shar
         parallel, _ = shard(EmbeddingsConfig(dim=dim, sharding=sharding, optimizer=ADAGRAD))
         before = local_shards(parallel)
         for step in range(NUM_STEPS):
-            for group in parallel.fused_optimizer.param_groups:
+            replicated = parallel.module.replicated
+            groups = replicated.param_groups if replicated is not None else []
+            for group in [*parallel.fused_optimizer.param_groups, *groups]:
                 group["lr"] = RATES[step]
             parallel.fused_optimizer.zero_grad()
             vectors = parallel(request(rank, step))
@@ -297,16 +307,27 @@ def test_tables_that_do_not_fit_the_memory_are_refused_with_a_remedy():
     assert told.endswith("; add ranks, lower embeddings.dim, or change embeddings.sharding / embeddings.hbm_gib")
 
 
-def decayed() -> tuple[Shards, Shards]:
-    config = EmbeddingsConfig(dim=8, optimizer=EmbeddingOptimizerConfig(lr=0.05, weight_decay=4.0))
+def test_replicated_tables_that_would_need_adam_are_refused():
+    config = EmbeddingsConfig(
+        dim=8, sharding={"item": "data_parallel"}, optimizer=EmbeddingOptimizerConfig(kind="adam")
+    )
+    (told,) = run_ranks(refused, config, "cpu", world_size=1)
+    assert told.startswith("embeddings.sharding places ['item'] data_parallel, which learn by rowwise_adagrad only")
+
+
+def decayed(sharding: str) -> tuple[Shards, Shards]:
+    config = EmbeddingsConfig(
+        dim=8, sharding={"user_id": sharding}, optimizer=EmbeddingOptimizerConfig(lr=0.05, weight_decay=4.0)
+    )
     parallel, _ = shard(config)
     before = local_shards(parallel)
     sum((v * 0).sum() for v in parallel(request(0, 0)).values()).backward()
     return before, local_shards(parallel)
 
 
-def test_weight_decay_shrinks_the_rows_that_are_updated_and_no_others():
-    before, after = (whole([shards]) for shards in run_ranks(decayed, world_size=1)[0])
+@pytest.mark.parametrize("sharding", ["auto", "data_parallel"])
+def test_weight_decay_shrinks_the_rows_that_are_updated_and_no_others(sharding):
+    before, after = (whole([held]) for held in run_ranks(decayed, sharding, world_size=1)[0])
     for key, table in (("item", "item"), ("candidate", "item"), ("user_id", "user_id")):
         rows = request(0, 0).to_dict()[key].values()
         torch.testing.assert_close(after[table][rows], before[table][rows] * (1 - 0.05 * 4.0))

@@ -5,8 +5,11 @@ import json
 import shutil
 import zlib
 
+import pyarrow.parquet as pq
 import pytest
+import torch
 from process_group import run_ranks
+from safetensors.torch import load_file
 from small_runs import checkpoint_tensors, config_of, differing, final_tensors, train_on_ranks
 
 from ultrarec.data.errors import UserError
@@ -142,6 +145,71 @@ def test_inspect_of_a_damaged_index_says_so(run_folder, command):
     (folder / "index.json").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"is damaged: index.json has 7 bytes, written were"):
         command("inspect", run_folder)
+
+
+def test_diff_names_every_tensor_that_differs_and_by_how_much(run_folder, command, capsys):
+    first, last = checkpoint_folder(run_folder, 5), checkpoint_folder(run_folder, 24)
+    assert command("diff", first, first) == 0
+    assert capsys.readouterr().out == f"equal, tensor by tensor: {first} and {first}\n"
+    assert command("diff", first, run_folder) == 1
+    printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    left, right = checkpoint_tensors(first), checkpoint_tensors(last)
+    assert printed.keys() == set(differing(left, right))
+    for name, text in printed.items():
+        difference = (left[name].double() - right[name].double()).abs()
+        count = int((left[name] != right[name]).sum())
+        assert text == f"{count} of {difference.numel()} values differ, by at most {difference.max():.3g}"
+
+
+def test_diff_of_other_tables_names_what_only_one_side_has(trained, command, capsys):
+    ranking, next_item = (complete_checkpoints(trained(1)[kind])[-1] for kind in ("ranking", "full_softmax"))
+    assert command("diff", ranking, next_item) == 1
+    printed = capsys.readouterr().out
+    assert f"tables/user_id/weight: only in {ranking}\n" in printed
+
+
+@pytest.fixture
+def exported(trained, dataset, tmp_path, command):
+    out = tmp_path / "export"
+    assert command("export", trained(2)["ranking"], "--out", out) == 0
+    return out
+
+
+def test_an_export_holds_dense_weights_and_the_vector_of_every_item(trained, dataset, exported):
+    tensors = final_tensors(trained(2)["ranking"])
+    dense = load_file(exported / "dense.safetensors")
+    assert not differing(dense, {n.removeprefix("weights/"): t for n, t in tensors.items() if n.startswith("weights/")})
+    items = pq.read_table(exported / "tables" / "item.parquet")
+    assert items["row"].to_pylist() == list(range(46))
+    assert torch.equal(torch.tensor(items["vector"].to_pylist()), tensors["tables/item/weight"])
+    original = pq.read_table(dataset / "items.parquet").sort_by("id")["item_id"].to_pylist()
+    assert items["item_id"].to_pylist() == [None, *original]
+    users = pq.read_table(exported / "tables" / "user_id.parquet")
+    assert users.column_names == ["row", "vector"]
+    assert torch.equal(torch.tensor(users["vector"].to_pylist()), tensors["tables/user_id/weight"])
+    about = json.loads((exported / "export.json").read_text())
+    assert about["step"] == 24
+    assert about["tables"] == {"item": {"rows": 46, "columns": 6}, "user_id": {"rows": 31, "columns": 6}}
+
+
+def test_an_export_that_fails_leaves_nothing(run_folder, command, tmp_path, dataset):
+    damaged = checkpoint_folder(run_folder, 10) / "rank-00001.safetensors"
+    index = json.loads((damaged.parent / "index.json").read_text())
+    place = next(c["offset"] for c in index["tables/item/weight"]["chunks"] if c["file"] == damaged.name)
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    with pytest.raises(UserError, match=r"is damaged: rank-00001.safetensors has another checksum"):
+        command("export", damaged.parent, "--out", tmp_path / "new")
+    other = tmp_path / "other"
+    shutil.copytree(dataset, other)
+    info = json.loads((other / "dataset.json").read_text())
+    info["vocabularies"]["items"]["size"] += 7
+    (other / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="is not the dataset of"):
+        command("export", run_folder, "--out", tmp_path / "new", "--dataset", other)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "other"}
+    with pytest.raises(UserError, match="exists; choose another folder"):
+        command("export", run_folder, "--out", other)
 
 
 @pytest.mark.parametrize("action", ["list", "verify", "inspect"])

@@ -102,7 +102,11 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
         ("trianer.epochs=1", "trianer is no known setting; did you mean 'trainer'?"),
         ("trainer.max_step=1", "trainer.max_step is no known setting; did you mean 'max_steps'?"),
         ("data.features.tab.colour=1", "data.features.tab.colour is no known setting; remove it"),
-        ("checkpoint.xyz=1", "checkpoint.xyz is no known setting; known here: every, keep_last"),
+        (
+            "checkpoint.xyz=1",
+            "checkpoint.xyz is no known setting; known here: asynchronous, best_metric, "
+            "every, keep_best, keep_every, keep_last, path, start_from",
+        ),
         (
             "trainer.epochs=many",
             "trainer.epochs='many': input should be a valid integer, unable to parse string as an integer",
@@ -148,7 +152,8 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
         ),
         (
             "embeddings.sharding.item=diagonal",
-            "embeddings.sharding.item='diagonal': input should be 'auto', 'row_wise', 'table_wise' or 'column_wise'",
+            "embeddings.sharding.item='diagonal': input should be 'auto', 'row_wise', 'table_wise', 'column_wise' or "
+            "'data_parallel'",
         ),
     ],
 )

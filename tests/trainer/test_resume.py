@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from process_group import run_ranks
 from small_runs import (
     audit,
@@ -106,6 +107,24 @@ def test_a_run_continues_on_another_number_of_ranks(trained, dataset, tmp_path, 
         assert {epoch: sorted(s) for epoch, s in audit(out).items()} == {
             epoch: sorted(s) for epoch, s in audit(uninterrupted).items()
         }, kind
+
+
+@pytest.mark.parametrize(
+    ("world_size", "item", "user_id"),
+    [(2, "data_parallel", "row_wise"), (3, "data_parallel", "data_parallel"), (1, "table_wise", "data_parallel")],
+)
+def test_a_run_continues_with_another_plan(trained, dataset, tmp_path, world_size, item, user_id):
+    whole = trained(2)["ranking"]
+    out = interrupted(whole, tmp_path / "out", step=10)
+    plan = (f"embeddings.sharding.item={item}", f"embeddings.sharding.user_id={user_id}")
+    run_ranks(train_on_ranks, [(config_of(dataset, "ranking", *plan), out)], world_size=world_size)
+    assert losses(out) == pytest.approx(losses(whole), rel=1e-5)
+    for split in ("validation", "test"):
+        (found,), (expected,) = lines(out, split), lines(whole, split)
+        assert {**found, "split": 0} == pytest.approx({**expected, "split": 0}, rel=1e-4)
+    expected, found = final_tensors(whole), final_tensors(out)
+    for name in ("tables/item/weight", "tables/user_id/weight", "tables/item/momentum1/columns-0-8"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_may_change_its_number_of_ranks_again_and_again(trained, dataset, tmp_path):

@@ -1,0 +1,139 @@
+"""`ultrarec bench checkpoint`: what saving and loading tables cost on this machine and its disk."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from ..data.errors import UserError
+
+if TYPE_CHECKING:
+    from ..trainer.checkpoint_bench import Round
+
+STALL_GOAL, RATE_GOAL = 0.10, 0.70
+NEEDED_COPIES = 4
+"""Sizes of the tables that the disk must hold: a checkpoint, the one before it, a copy of it, and some room."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `ultrarec bench checkpoint`."""
+    parser.add_argument("--gib", type=_positive, default=1.0, metavar="N", help="GiB of tables (default: 1)")
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes that share them (default: 2)")
+    parser.add_argument("--where", type=Path, default=Path(), metavar="DIR", help="disk to measure (default: here)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write checkpoint.json there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; returns the exit code."""
+    needed, free = int(NEEDED_COPIES * args.gib * 2**30), shutil.disk_usage(args.where).free
+    if free < needed:
+        raise UserError(f"--gib {args.gib:g} needs {needed:,} bytes in {args.where.resolve()}, which has {free:,}")
+    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=args.where) as folder:
+        measured = _measure(Path(folder), ranks=args.ranks, gib=args.gib)
+    report = _report(measured, args)
+    print(_page(report))
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "checkpoint.json").write_text(json.dumps(report, indent=2) + "\n")
+        print(f"\nwritten: {args.out / 'checkpoint.json'}")
+    return 0
+
+
+def _measure(folder: Path, *, ranks: int, gib: float) -> dict[str, Any]:
+    """What rank 0 of a new process group measures together with the others."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    processes = [
+        context.Process(target=_rank, args=(folder, rank, ranks, gib, sender if rank == 0 else None))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    sender.close()
+    try:
+        measured: dict[str, Any] = receiver.recv()
+    except EOFError:
+        for process in processes:
+            process.terminate()  # the others wait for the one that failed
+        raise UserError("the measurement ended early; what the processes said above tells why") from None
+    finally:
+        for process in processes:
+            process.join()
+    return measured
+
+
+def _rank(folder: Path, rank: int, ranks: int, gib: float, sender: Any) -> None:
+    from ..trainer.noise import silence
+
+    silence()
+    import torch
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import FileStore
+
+    from ..trainer.checkpoint_bench import measure
+
+    torch.set_num_threads(max((os.cpu_count() or 1) // ranks, 1))
+    os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+    store = FileStore(str(folder / "store"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    measured = measure(folder, gib=gib, device=torch.device("cpu"))
+    if sender is not None:
+        sender.send(measured)
+    dist.destroy_process_group()
+
+
+def _report(measured: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    rounds: list[Round] = measured["rounds"]
+    seconds = {name: median(asdict(each)[name] for each in rounds) for name in asdict(rounds[0])}
+    size = measured["bytes"]
+    return {
+        "command": shlex.join(["ultrarec", *sys.argv[1:]]),
+        "ranks": args.ranks,
+        "bytes": size,
+        "seconds": seconds,
+        "stall_share": seconds["stall"] / seconds["save"],
+        "gib_per_second": {name: size / 2**30 / seconds[name] for name in ("save", "load", "copy")},
+        "write_share_of_copy": seconds["copy"] / seconds["save"],
+        "read_share_of_copy": seconds["copy"] / seconds["load"],
+        "rounds": [asdict(each) for each in rounds],
+    }
+
+
+def _page(report: dict[str, Any]) -> str:
+    seconds, rates = report["seconds"], report["gib_per_second"]
+    return "\n".join(
+        [
+            f"{report['bytes']:,} bytes of {report['ranks']} rank(s), median of {len(report['rounds'])} rounds",
+            "",
+            f"{'':<26} {'seconds':>8} {'GiB/s':>7}",
+            f"{'plain copy, to disk':<26} {seconds['copy']:>8.3f} {rates['copy']:>7.2f}",
+            f"{'save, to disk':<26} {seconds['save']:>8.3f} {rates['save']:>7.2f}"
+            f"   {report['write_share_of_copy']:.0%} of the copy's rate (goal: {RATE_GOAL:.0%})",
+            f"{'load, checked':<26} {seconds['load']:>8.3f} {rates['load']:>7.2f}"
+            f"   {report['read_share_of_copy']:.0%} of the copy's rate (goal: {RATE_GOAL:.0%})",
+            f"{'stall of a step':<26} {seconds['stall']:>8.3f} {'':>7}"
+            f"   {report['stall_share']:.1%} of a save (goal: at most {STALL_GOAL:.0%})",
+            f"{'step':<26} {seconds['step']:>8.4f}",
+            f"{'step while saving':<26} {seconds['step_while_saving']:>8.4f}",
+        ]
+    )
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value

@@ -1,0 +1,24 @@
+"""`ultrarec bench checkpoint` at a small size: does it measure, and does it say what it measured."""
+
+import json
+
+import pytest
+
+from ultrarec.launch.cli import main
+
+
+def test_the_bench_reports_stall_and_rates_of_the_bytes_it_wrote(tmp_path, capsys):
+    assert main(["bench", "checkpoint", "--gib", "0.002", "--where", str(tmp_path), "--out", str(tmp_path / "o")]) == 0
+    report = json.loads((tmp_path / "o" / "checkpoint.json").read_text())
+    rows = int(0.002 * 2**30) // 256
+    assert 0 <= report["bytes"] - rows * 65 * 4 < 100_000
+    assert report["ranks"] == 2
+    assert min(report["seconds"].values()) > 0
+    assert report["stall_share"] == pytest.approx(report["seconds"]["stall"] / report["seconds"]["save"])
+    assert "of the copy's rate (goal: 70%)" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]
+
+
+def test_the_bench_refuses_more_than_the_disk_holds(tmp_path, capsys):
+    assert main(["bench", "checkpoint", "--gib", "1e9", "--where", str(tmp_path)]) == 2
+    assert "error: --gib 1e+09 needs" in capsys.readouterr().err
