@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.distributed as dist
 from process_group import run_ranks
 from small_runs import (
     KINDS,
@@ -24,10 +23,6 @@ from small_runs import (
 
 from ultrarec.data.loader import NextItemSampler, RankingSampler
 from ultrarec.data.samples import RowCounts
-from ultrarec.trainer.config import Config
-from ultrarec.trainer.loop import train
-from ultrarec.trainer.parallel import World
-from ultrarec.trainer.run import open_run
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -200,43 +195,3 @@ def test_a_hashed_event_feature_is_learned_in_a_table_of_its_own(variants):
     weights, sums = (tensors[f"tables/author/{what}"] for what in ("weight", "momentum1/columns-0-8"))
     assert (weights.shape, sums.shape) == ((51, 6), (51,))
     assert int((sums > 0).sum()) > 25, "most of 50 buckets occur in nine steps"
-
-
-def break_a_weight(first: Config, longer: Config, out: Path) -> tuple[str, bool, bool]:
-    """Train, make a dense weight NaN, train on: what is said, and whether tables and dense weights stayed."""
-    world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch.device("cpu"))
-    with open_run(first, out, world, fresh=False) as run:
-        train(run)
-    with open_run(longer, out, world, fresh=False) as run:
-        with torch.no_grad():
-            next(iter(run.trainable.optimizer.dense.values())).fill_(torch.nan)
-
-        def state() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-            pieces = run.trainable.pieces(world)
-            tables = [piece.tensor.clone() for piece in pieces if piece.name.startswith("tables/")]
-            dense = list(run.trainable.optimizer.dense.values())
-            return tables, [weight.detach().clone() for weight in dense]
-
-        tables, dense = state()
-        try:
-            train(run)
-        except RuntimeError as error:
-            after_tables, after_dense = state()
-            equal = [torch.equal(a, b) for a, b in zip(tables, after_tables, strict=True)]
-            same = [
-                torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(dense, after_dense, strict=True)
-            ]
-            return str(error), bool(equal) and all(equal), bool(same) and all(same)
-    return "trained", False, False
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_loss_that_is_not_finite_stops_every_rank_before_the_update(dataset, tmp_path, world_size):
-    limit = "trainer.max_skipped_batches=1"
-    configs = [config_of(dataset, "ranking", f"trainer.max_steps={last}", limit) for last in (2, 9)]
-    results = run_ranks(break_a_weight, *configs, tmp_path / "out", world_size=world_size)
-    for said, tables_stayed, dense_stayed in results:
-        assert said.startswith("stopped before the update of step 4: 2 batches of this run were skipped")
-        assert "(the last: rank 0: the loss" in said
-        assert tables_stayed
-        assert dense_stayed
