@@ -18,7 +18,7 @@ from .config import Config
 from .evaluate import Evaluator
 from .manifest import MANIFEST, checkpoint_folder
 from .parallel import World, on_main, sum_over_ranks
-from .report import METRICS_FILE, Audit, Reporter, read_lines
+from .report import METRICS_FILE, Audit, Reporter, SkipLog, read_lines
 from .state import TrainState, Window
 from .step import Step, Trained, train_step
 
@@ -29,6 +29,8 @@ class Meter:
 
     samples: int = 0
     tokens: int = 0
+    skipped: int = 0
+    """Samples left out as damaged."""
     start: float = field(default_factory=time.monotonic)
     """Moved on by the time that evaluating and saving take."""
 
@@ -47,6 +49,7 @@ class Run:
     total_steps: int
     reporter: Reporter
     audit: Audit | None
+    skips: SkipLog
     meter: Meter = field(default_factory=Meter)
 
     @property
@@ -85,16 +88,19 @@ def record(run: Run, step: Step) -> None:
         state.window.add(loss_sum=trained.loss_sum, labels=batch.labels.numel())
         run.meter.samples += len(batch.samples)
         run.meter.tokens += batch.timestamps.numel()
+        run.meter.skipped += len(batch.skipped)
     if run.audit is not None:
         samples = [trained.batch.samples for trained in step.trained]
         run.audit.write(step=state.step, epoch=state.epoch, samples=samples)
+    run.skips.write(step=state.step, epoch=state.epoch, skipped=[s for t in step.trained for s in t.batch.skipped])
     run.reporter.advance()
 
 
 def log(run: Run, step: Step) -> None:
     """Write a line about the steps since the last one, over all ranks."""
     loss_sum, labels = sum_over_ranks(run.state.window.totals()).tolist()
-    samples, tokens = sum_over_ranks(torch.tensor([run.meter.samples, run.meter.tokens])).tolist()
+    meter = run.meter
+    samples, tokens, skipped = sum_over_ranks(torch.tensor([meter.samples, meter.tokens, meter.skipped])).tolist()
     seconds = time.monotonic() - run.meter.start
     run.reporter.write(
         {
@@ -106,6 +112,7 @@ def log(run: Run, step: Step) -> None:
             "grad_norm": float(step.gradient_norm),
             "tokens_per_second": tokens / seconds,
             "samples_per_second": samples / seconds,
+            **({"skipped_samples": skipped} if run.config.data.bad_data == "skip" else {}),
         }
     )
     run.state.window = Window()
@@ -131,6 +138,7 @@ def save(run: Run) -> None:
     run.reporter.sync()
     if run.audit is not None:
         run.audit.sync()
+    run.skips.sync()
     checkpoint.save(
         run.trainable,
         run.out,

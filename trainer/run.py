@@ -17,7 +17,7 @@ from .loop import Run
 from .manifest import Manifest, complete_checkpoints
 from .optimizer import Optimizer
 from .parallel import World, on_main
-from .report import Audit, Reporter, forget_after
+from .report import Audit, Reporter, SkipLog, forget_after
 from .state import TrainState
 from .step import build_pipeline
 
@@ -44,6 +44,8 @@ def open_run(config: Config, out: Path, world: World, *, fresh: bool) -> Iterato
     on_main(world, lambda: _prepare_folder(config, out, sharded.plan, state.step))
     reporter = Reporter(out, is_main=world.is_main, step=state.step, total_steps=total_steps)
     audit = Audit(out, rank=world.rank) if config.data.audit else None
+    skips = SkipLog(out, rank=world.rank)
+    on_main(world, lambda: skips.opened(loader.faults))
     reporter.say(_greeting(out, sharded.plan, newest, world, state.step, total_steps))
     try:
         yield Run(
@@ -57,10 +59,12 @@ def open_run(config: Config, out: Path, world: World, *, fresh: bool) -> Iterato
             total_steps=total_steps,
             reporter=reporter,
             audit=audit,
+            skips=skips,
         )
     finally:
         loader.close()
         reporter.close()
+        skips.close()
         if audit is not None:
             audit.close()
 
