@@ -186,8 +186,8 @@ def test_an_override_through_a_value_is_refused(recipe):
     ("removed", "expected"),
     [
         ("dim = 8\n", "embeddings.dim is missing; set it"),
-        ("batch_rows = 8\n", "data.batch_rows=None, data.batch_tokens=None, data.batch_cost=None: exactly one of them "
-                             "sizes a step; set one and remove the others"),
+        ("batch_rows = 8\n", "data.batch_rows=None, data.batch_tokens=None, data.batch_cost=None: exactly one of "
+                             "them sizes a step; set one and remove the others"),
         ("epochs = 1\n", NEITHER_END),
         ("[trainer]\nepochs = 1\n", "trainer is missing; set it"),
     ],
@@ -249,6 +249,8 @@ def test_reading_a_configuration_imports_neither_torch_nor_numpy():
         ("trainer.max_steps=9", True),
         ("checkpoint.every=9", True),
         ("data.prefetch=9", True),
+        ("data.threads=9", True),
+        ("data.bad_data=skip", True),
     ],
 )
 def test_a_checkpoint_belongs_to_a_model_and_an_order_of_data_not_to_a_machine(recipe, override, same):
