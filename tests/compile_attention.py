@@ -1,6 +1,9 @@
 """Compile the Triton kernels of HSTU attention for devices that need not be there; prints a JSON line for each kernel.
 
-python tests/compile_attention.py [target ...]
+python tests/compile_attention.py [--all] [target ...]
+
+Without --all it is a kernel for every entry of the tables of tiles, with all that a kernel can be asked for; with it,
+every dtype and several head widths and masks, which takes about ten minutes for each target.
 """
 
 import importlib
@@ -9,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +28,31 @@ Problem = importlib.import_module(f"{PACKAGE}.operator").Problem
 launches = importlib.import_module(f"{PACKAGE}.triton_launch")
 BiasPass = importlib.import_module(f"{PACKAGE}.triton_bias_launch").BiasPass
 
-ALL_MASKS = [20, 10, 8, 3]
-# target, head width, mask, whether there are targets and a scale per query, whether there is a bias
-SHIPPED = [
-    ("sm_90", 128, [0, 0, 0, 0], False, False),
-    ("sm_90", 64, ALL_MASKS, True, False),
-    ("sm_90", 128, ALL_MASKS, True, False),
-    ("sm_90", 128, ALL_MASKS, True, True),
-    ("sm_80", 64, ALL_MASKS, True, False),
-    ("sm_80", 128, [0, 0, 0, 0], False, False),
-    ("sm_100", 128, ALL_MASKS, True, False),
-    ("gfx942", 128, [0, 0, 0, 0], False, False),
-    ("gfx950", 128, [0, 0, 0, 0], False, False),
+CAUSAL, SEMI_LOCAL, ALL_MASKS = [0, 0, 0, 0], [20, 10, 0, 0], [20, 10, 8, 3]
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# target, head width, mask, whether there are targets and a scale per query, whether there is a bias, dtype
+Configuration = tuple[str, int, list[int], bool, bool, torch.dtype]
+SHIPPED: list[Configuration] = [
+    *((target, 128, CAUSAL, False, False, BF16) for target in TARGETS),
+    *(
+        (target, width, ALL_MASKS, True, biased, BF16)
+        for target, width, biased in product(TARGETS[:3], (64, 128, 256), (False, True))
+    ),
+    *(("sm_90", width, ALL_MASKS, True, True, FP32) for width in (64, 128, 256)),
+    ("sm_80", 256, ALL_MASKS, True, True, FP32),
+    ("sm_100", 256, ALL_MASKS, True, True, FP32),
+    ("gfx942", 128, ALL_MASKS, True, True, BF16),
+]
+EVERY: list[Configuration] = [
+    (target, width, rule, general, biased, dtype)
+    for target, dtype, width, biased, (rule, general) in product(
+        TARGETS,
+        (BF16, FP32, FP16),
+        (16, 25, 32, 50, 64, 96, 128, 256),
+        (False, True),
+        ((CAUSAL, False), (SEMI_LOCAL, False), (ALL_MASKS, True)),
+    )
 ]
 TENSOR_INSTRUCTIONS = ("mma.sync", "wgmma", "tcgen05.mma", "v_mfma")
 
@@ -58,9 +75,9 @@ class NoDevice:
         return self.target
 
 
-def problem_of(width: int, rule: list[int], general: bool, biased: bool) -> Any:
+def problem_of(width: int, rule: list[int], general: bool, biased: bool, dtype: torch.dtype = BF16) -> Any:
     num_events = 256
-    q, k, v = (torch.zeros(num_events, 4, width, dtype=torch.bfloat16) for _ in range(3))
+    q, k, v = (torch.zeros(num_events, 4, width, dtype=dtype) for _ in range(3))
     scale = torch.ones(num_events) if general else torch.ones(1).expand(num_events)
     weights: tuple[Any, ...] = (None, None, None, None)
     if biased:
@@ -100,17 +117,27 @@ def usage_of(kernel: Any) -> dict[str, int]:
     return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"]}
 
 
-def main(targets: list[str]) -> None:
-    for target, width, rule, general, biased in SHIPPED:
+def masked_values_of(ttir: str) -> list[int]:
+    """For each loop, in order, how many lines of it are about tiles of booleans."""
+    loops = re.findall(r"^( *)[^\n]*\bscf\.for\b[^\n]*\n(.*?)^\1\}", ttir, re.MULTILINE | re.DOTALL)
+    return [len(re.findall(r"x\d+xi1>[^\n]*\n", body)) for _, body in loops]
+
+
+def main(arguments: list[str]) -> None:
+    targets = [argument for argument in arguments if argument != "--all"]
+    for target, width, rule, general, biased, dtype in EVERY if "--all" in arguments else SHIPPED:
         if targets and target not in targets:
             continue
         driver.set_active(NoDevice(target))
-        for name, launch in launches_of(problem_of(width, rule, general, biased), target, general).items():
+        problem = problem_of(width, rule, general, biased, dtype)
+        for name, launch in launches_of(problem, target, general).items():
             kernel = launch.compile()
             code = kernel.asm["ptx"] if "ptx" in kernel.asm else kernel.asm["amdgcn"]
             report = {"target": target, "kernel": name, "width": width, "masks": any(rule), "biased": biased}
+            report |= {"dtype": str(dtype).removeprefix("torch.")}
             report |= usage_of(kernel) | {"shared": kernel.metadata.shared}
             report["tensor_instructions"] = [name for name in TENSOR_INSTRUCTIONS if name in code]
+            report["masked_values"] = masked_values_of(kernel.asm["ttir"])
             print(json.dumps(report), flush=True)
 
 

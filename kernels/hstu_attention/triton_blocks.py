@@ -31,8 +31,6 @@ class Blocks:
     keys: int
     num_warps: int = 4
     num_stages: int = 2
-    max_registers: int | None = None
-    """ptxas settles on 32 registers for some kernels of sm_80, and on kilobytes of stack, unless told otherwise."""
 
 
 Table = dict[str, dict[int, Blocks]]
@@ -41,57 +39,54 @@ Table = dict[str, dict[int, Blocks]]
 HOPPER: Table = {
     "forward": {128: Blocks(128, 128, 8), 256: Blocks(128, 64, 8)},
     "keys": {128: Blocks(64, 128, 8), 256: Blocks(32, 32, 8, 1)},
-    # A scale per query is one more operand of every score of a tile.
-    "keys_scaled": {64: Blocks(64, 128, 8), 128: Blocks(32, 128, 8), 256: Blocks(32, 32, 8, 1)},
     "queries": {128: Blocks(128, 128, 8), 256: Blocks(32, 32, 8, 1)},
 }
 HOPPER_BIASED: Table = {
     "forward": {128: Blocks(128, 32, 8, 1), 256: Blocks(64, 32, 8, 1)},
     "keys": {128: Blocks(32, 64, 8, 1), 256: Blocks(32, 32, 8, 1)},
-    "keys_scaled": {128: Blocks(32, 64, 8, 1), 256: Blocks(32, 32, 8, 1)},
-    "queries": {128: Blocks(64, 32, 4, 1), 256: Blocks(32, 32, 8, 1)},
+    "queries": {128: Blocks(64, 32, 4, 1), 256: Blocks(16, 32, 8, 1)},
     "bias": {64: Blocks(64, 64, 8, 1), 128: Blocks(16, 16, 4, 1), 256: Blocks(16, 16, 8, 1)},
 }
 BLACKWELL: Table = {
-    **HOPPER,
-    "keys_scaled": {64: Blocks(32, 128, 8), 128: Blocks(64, 128, 8), 256: Blocks(32, 32, 8, 1)},
-    "queries": {64: Blocks(128, 128, 8), 128: Blocks(128, 64, 8), 256: Blocks(32, 32, 8, 1)},
+    "forward": HOPPER["forward"],
+    "keys": {128: Blocks(64, 128, 8), 256: Blocks(64, 64, 8, 1)},
+    "queries": {64: Blocks(128, 128, 8), 128: Blocks(128, 64, 8), 256: Blocks(64, 64, 8, 1)},
+}
+BLACKWELL_BIASED: Table = {
+    **HOPPER_BIASED,
+    "keys": {128: Blocks(32, 64, 8, 1), 256: Blocks(32, 64, 8)},
+    "queries": {128: Blocks(64, 32, 4, 1), 256: Blocks(64, 32, 8)},
 }
 AMPERE: Table = {
     "forward": {
-        64: Blocks(128, 64, 8, 2, 255),
-        128: Blocks(128, 32, 8, 2, 255),
-        256: Blocks(64, 32, 4, 1, 255),
+        64: Blocks(128, 64, 8, 2),
+        128: Blocks(128, 32, 8, 2),
+        256: Blocks(64, 32, 4, 1),
     },
-    "keys": {128: Blocks(32, 64, 4, 2, 255), 256: Blocks(16, 64, 8, 1, 255)},
-    "keys_scaled": {128: Blocks(32, 64, 4, 2, 255), 256: Blocks(16, 64, 8, 1, 255)},
-    "queries": {64: Blocks(128, 64, 8, 2, 255), 128: Blocks(64, 32, 4, 2, 255), 256: Blocks(32, 16, 4, 1, 255)},
+    "keys": {128: Blocks(32, 64, 4, 2), 256: Blocks(16, 64, 8, 1)},
+    "queries": {64: Blocks(128, 64, 8, 2), 128: Blocks(64, 32, 4, 2), 256: Blocks(32, 16, 4, 1)},
 }
 AMPERE_BIASED: Table = {
-    "forward": {128: Blocks(32, 32, 4, 1, 255), 256: Blocks(32, 32, 8, 1, 255)},
-    "keys": {128: Blocks(32, 64, 8, 1, 255), 256: Blocks(32, 32, 8, 1, 255)},
-    "keys_scaled": {128: Blocks(32, 64, 8, 1, 255), 256: Blocks(32, 32, 8, 1, 255)},
-    "queries": {128: Blocks(32, 32, 4, 1, 255), 256: Blocks(32, 32, 8, 1, 255)},
-    "bias": {128: Blocks(16, 16, 4, 1, 255), 256: Blocks(16, 16, 8, 1, 255)},
+    "forward": {128: Blocks(32, 32, 4, 1), 256: Blocks(32, 32, 8, 1)},
+    "keys": {128: Blocks(32, 64, 8, 1), 256: Blocks(32, 32, 8, 1)},
+    "queries": {128: Blocks(32, 32, 4, 1), 256: Blocks(32, 32, 8, 1)},
+    "bias": {128: Blocks(16, 16, 4, 1), 256: Blocks(16, 16, 8, 1)},
 }
 CDNA: Table = {
     "forward": {128: Blocks(128, 64, 4, 1), 256: Blocks(64, 32, 4, 1)},
     "keys": {64: Blocks(64, 64, 4, 1), 128: Blocks(32, 64, 4, 1), 256: Blocks(32, 32, 4, 1)},
-    "keys_scaled": {64: Blocks(64, 64, 4, 1), 128: Blocks(32, 64, 4, 1), 256: Blocks(32, 32, 4, 1)},
     "queries": {64: Blocks(64, 64, 4, 1), 128: Blocks(64, 32, 4, 1), 256: Blocks(32, 32, 4, 1)},
 }
 CDNA_BIASED: Table = {
     "forward": {256: Blocks(64, 32, 4, 1)},
-    "keys": {256: Blocks(32, 32, 4, 1)},
-    "keys_scaled": {256: Blocks(32, 32, 4, 1)},
-    "queries": {128: Blocks(64, 32, 4, 1), 256: Blocks(32, 32, 4, 1)},
+    "keys": {256: Blocks(16, 32, 4, 1)},
+    "queries": {128: Blocks(64, 32, 4, 1), 256: Blocks(16, 32, 4, 1)},
     "bias": {256: Blocks(32, 32, 4, 1)},
 }
 # Without tensor cores products take registers for both operands.
 FLOAT32: Table = {
     "forward": {64: Blocks(64, 32, 8, 1), 128: Blocks(32, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
     "keys": {256: Blocks(16, 16, 8, 1)},
-    "keys_scaled": {256: Blocks(16, 16, 8, 1)},
     "queries": {64: Blocks(32, 32, 8, 1), 256: Blocks(16, 16, 8, 1)},
     "bias": {256: Blocks(16, 16, 8, 1)},
 }
@@ -99,7 +94,6 @@ FLOAT32: Table = {
 INTERPRETED: Table = {
     "forward": {256: Blocks(32, 32)},
     "keys": {256: Blocks(32, 32)},
-    "keys_scaled": {256: Blocks(32, 16)},
     "queries": {256: Blocks(16, 32)},
     "bias": {256: Blocks(16, 16)},
 }
@@ -121,7 +115,7 @@ def _table_of(target: str, dtype: torch.dtype, biased: bool) -> Table:
     if target == "sm_90":
         return HOPPER_BIASED if biased else HOPPER
     if target in ("sm_100", "sm_103"):
-        return HOPPER_BIASED if biased else BLACKWELL
+        return BLACKWELL_BIASED if biased else BLACKWELL
     return AMPERE_BIASED if biased else AMPERE
 
 
