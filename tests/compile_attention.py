@@ -118,7 +118,7 @@ def usage_of(kernel: Any) -> dict[str, int]:
 
 
 def masked_values_of(ttir: str) -> list[int]:
-    """For each loop, in order, how many lines of it are about tiles of booleans."""
+    """For each loop, in order, how many of its lines are about a tile of booleans, as those of a mask are."""
     loops = re.findall(r"^( *)[^\n]*\bscf\.for\b[^\n]*\n(.*?)^\1\}", ttir, re.MULTILINE | re.DOTALL)
     return [len(re.findall(r"x\d+xi1>[^\n]*\n", body)) for _, body in loops]
 

@@ -2,16 +2,17 @@
 
 Chosen by what compiling for a device shows; nothing here was timed. Large tiles spread the overhead of an iteration
 over more scores: the tables have the largest found that need no stack with all mask parameters, targets and bias.
-On sm_90, causal, bfloat16, one scale, the loop over full tiles issues per score (instructions of a warp times 32):
+On sm_90, causal, bfloat16, the loop over full tiles issues per score (instructions of a warp times 32):
 
-    head width                64     128
-    forward                  5.3     5.2
-    gradients of k and v    11.4    12.1
-    gradient of q            8.6     9.0
+    head width                      64     128
+    forward                        5.3     5.2
+    gradients of k and v          11.4    12.1
+      with a scale per query              15.0
+    gradient of q                  8.6     9.0
+      and of a scale per query            10.1
 
-The loop over tiles at the edge of the causal mask issues 10.0 and 10.8 in the forward. Known to spill some bytes are
-biased heads wider than 128 on sm_100 and CDNA, the gradients of keys of biased heads on gfx942, and float32: the bias
-gradient and, on gfx942, all heads wider than 128.
+The loop over tiles at the edge of the causal mask issues 10.0 and 10.8 in the forward. Heads wider than 128 leave no
+registers for tiles that a group of warps of sm_90 multiplies together: their gradients use the instructions of sm_80.
 """
 
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ AMPERE: Table = {
         128: Blocks(128, 32, 8, 2),
         256: Blocks(64, 32, 4, 1),
     },
-    "keys": {128: Blocks(32, 64, 4, 2), 256: Blocks(16, 64, 8, 1)},
+    "keys": {128: Blocks(32, 64, 4, 2), 256: Blocks(32, 32, 8, 1)},
     "queries": {64: Blocks(128, 64, 8, 2), 128: Blocks(64, 32, 4, 2), 256: Blocks(32, 16, 4, 1)},
 }
 AMPERE_BIASED: Table = {

@@ -64,5 +64,6 @@ def test_tiles_that_are_visible_in_full_run_a_loop_without_a_mask(compiled: list
     for kernel in compiled:
         if kernel["kernel"] != "bias":
             full, edge = kernel["masked_values"]
-            assert full == 0, kernel
-            assert edge > 0, kernel
+            # With a time bias one comparison decides the bucket.
+            assert full == int(kernel["biased"]), kernel
+            assert edge > 1, kernel
