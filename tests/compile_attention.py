@@ -39,6 +39,8 @@ SHIPPED: list[Configuration] = [
         (target, width, ALL_MASKS, True, biased, BF16)
         for target, width, biased in product(TARGETS[:3], (64, 128, 256), (False, True))
     ),
+    # Strides that no descriptor takes.
+    *((target, 50, ALL_MASKS, True, biased, BF16) for target, biased in product(TARGETS[1:3], (False, True))),
     *(("sm_90", width, ALL_MASKS, True, True, FP32) for width in (64, 128, 256)),
     ("sm_80", 256, ALL_MASKS, True, True, FP32),
     ("sm_100", 256, ALL_MASKS, True, True, FP32),

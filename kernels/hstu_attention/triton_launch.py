@@ -47,7 +47,7 @@ class Launch:
 
 def forward_launch(problem: Problem, out: Tensor, target: str) -> Launch:
     """Write the attention to out `[T, H, Dv]`."""
-    blocks = blocks_for("forward", problem, target)
+    blocks = blocks_for("forward", problem, target, problem.k, problem.v)
     sequences = sequences_of(problem, blocks.rows)
     events = [events_of(x) for x in (problem.q, problem.k, problem.v, out)]
     tiles = [_tiles(x, blocks.keys, target) for x in (problem.k, problem.v)]
@@ -56,7 +56,7 @@ def forward_launch(problem: Problem, out: Tensor, target: str) -> Launch:
 
 def keys_launch(problem: Problem, dout: Tensor, dk: Tensor, dv: Tensor, target: str) -> Launch:
     """Write the gradients of k and v to dk and dv."""
-    blocks = blocks_for("keys", problem, target)
+    blocks = blocks_for("keys", problem, target, problem.q, dout)
     sequences = sequences_of(problem, blocks.keys)
     events = [events_of(x) for x in (problem.q, problem.k, problem.v, dout, dk, dv)]
     tiles = [_tiles(x, blocks.rows, target) for x in (problem.q, dout)]
@@ -65,7 +65,7 @@ def keys_launch(problem: Problem, dout: Tensor, dk: Tensor, dv: Tensor, target: 
 
 def queries_launch(problem: Problem, dout: Tensor, dq: Tensor, dscale: Tensor | None, target: str) -> Launch:
     """Write the gradient of q to dq, and that of the scale by head to dscale `[T, H, 1]`, if it is there."""
-    blocks = blocks_for("queries", problem, target)
+    blocks = blocks_for("queries", problem, target, problem.k, problem.v)
     sequences = sequences_of(problem, blocks.rows)
     events = [events_of(x) for x in (problem.q, problem.k, problem.v, dout, dq)]
     dscale_events = None if dscale is None else events_of(dscale)
@@ -73,10 +73,12 @@ def queries_launch(problem: Problem, dout: Tensor, dq: Tensor, dscale: Tensor | 
     return _launch(queries_kernel, problem, blocks, target, sequences, *events, dscale_events, *tiles)
 
 
-def blocks_for(kernel: str, problem: Problem, target: str) -> Blocks:
-    """The tiles of a kernel for the dtype and head widths of a problem."""
+def blocks_for(kernel: str, problem: Problem, target: str, *tiled: Tensor) -> Blocks:
+    """The tiles of a kernel for the dtype and head widths of a problem, and for how it can load what it loops over."""
     width = max(problem.q.shape[2], problem.v.shape[2])
-    return blocks_of(kernel, target, width, problem.q.dtype, biased=problem.bias is not None)
+    has_descriptors = target != INTERPRETER and target in DESCRIPTOR_TARGETS
+    by_pointers = has_descriptors and not all(_has_descriptor(x, target) for x in tiled)
+    return blocks_of(kernel, target, width, problem.q.dtype, biased=problem.bias is not None, by_pointers=by_pointers)
 
 
 def options_of(blocks: Blocks, target: str) -> dict[str, int]:
@@ -142,14 +144,18 @@ def bias_of(problem: Problem) -> Bias | None:
 
 def _tiles(x_THD: Tensor, rows: int, target: str) -> TensorDescriptor | None:
     """Tiles of `rows` events for the tensor memory accelerator, if the device has one and strides suit it."""
+    if not _has_descriptor(x_THD, target):
+        return None
+    return TensorDescriptor(x_THD, list(x_THD.shape), list(x_THD.stride()), [rows, 1, _padded(x_THD.shape[2])])
+
+
+def _has_descriptor(x_THD: Tensor, target: str) -> bool:
     # Without tensor cores products take operands from registers: with descriptors those of heads of 256 were spilled.
     is_suited = target == INTERPRETER or x_THD.dtype != torch.float32
     if target not in DESCRIPTOR_TARGETS or not is_suited or x_THD.stride(2) != 1 or x_THD.data_ptr() % 16:
-        return None
-    strides = x_THD.stride()
-    if any(stride == 0 or stride * x_THD.element_size() % 16 for stride in strides[:2]) or 0 in x_THD.shape:
-        return None
-    return TensorDescriptor(x_THD, list(x_THD.shape), list(strides), [rows, 1, _padded(x_THD.shape[2])])
+        return False
+    strides = x_THD.stride()[:2]
+    return 0 not in x_THD.shape and all(stride > 0 and stride * x_THD.element_size() % 16 == 0 for stride in strides)
 
 
 def _padded(width: int) -> int:

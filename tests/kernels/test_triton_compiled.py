@@ -50,19 +50,21 @@ def test_every_shipped_kernel_of_half_precision_multiplies_on_tensor_cores(compi
     for kernel in compiled:
         if kernel["dtype"] == "float32":
             continue
-        # The tiles of the bias gradient, and for a backward of sm_90 those of the widest heads, are too small for the
-        # instructions of a group of warps: with larger ones registers are spilled.
+        # Some tiles are too small for the instructions of a group of warps, because larger ones spill: those of the
+        # bias gradient, of the backward of the widest heads on sm_90, and of biased heads without a descriptor.
         wide_backward = kernel["target"] == "sm_90" and kernel["width"] > 128 and kernel["kernel"] != "forward"
-        is_small = kernel["kernel"] == "bias" or wide_backward
-        wanted = "mma.sync" if is_small else TENSOR_INSTRUCTION[kernel["target"]]
-        assert wanted in kernel["tensor_instructions"], kernel
+        by_pointers = kernel["target"] in ("sm_90", "sm_100") and kernel["width"] == 50 and kernel["biased"]
+        is_small = kernel["kernel"] == "bias" or wide_backward or by_pointers
+        wanted = {TENSOR_INSTRUCTION[kernel["target"]], *(["mma.sync"] if is_small else [])}
+        assert wanted & {*kernel["tensor_instructions"]}, kernel
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_tiles_that_are_visible_in_full_run_a_loop_without_a_mask(compiled: list[dict[str, Any]]) -> None:
     for kernel in compiled:
-        if kernel["kernel"] != "bias":
+        # Heads of 50 fill tiles of 64 columns, of which loads leave out some.
+        if kernel["kernel"] != "bias" and kernel["width"] != 50:
             full, edge = kernel["masked_values"]
             # With a time bias one comparison decides the bucket.
             assert full == int(kernel["biased"]), kernel
