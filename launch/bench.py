@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from . import bench_attention
+from . import bench_attention, bench_loader
 
 SUBJECTS = {
     "attention": (
         bench_attention,
         "HSTU attention on the CPU against the padded dense formulation and the rate of matrix products",
     ),
+    "loader": (bench_loader, "batches of a prepared dataset per second, against a bare scan of its files"),
 }
 
 
