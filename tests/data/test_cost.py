@@ -5,7 +5,7 @@ from ultrarec.data.cost import CostModel
 
 
 def visible_pairs(history, targets, window, full):
-    """Pairs (i, j) counted one by one: the newest `full` rows of the history, and all targets, see the whole history."""
+    """Pairs (i, j), one by one: the newest `full` rows of the history, and all targets, see the whole history."""
     pairs = targets * (history + 1)
     for i in range(history):
         sees_all = window == 0 or i >= history - full
