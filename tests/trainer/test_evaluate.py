@@ -48,12 +48,16 @@ def metrics_and_outputs(config: Config, out: Path, chunk: int) -> tuple[dict[str
     with torch.no_grad():
         for batch in build_loader(evaluator.config, evaluator.info, evaluator.world, split="test"):
             _, output = evaluator.parallel(batch)
-            outputs.append({name: getattr(output, name).numpy() for name in output.__slots__})
+            named = {name: getattr(output, name).numpy() for name in output.__slots__}
+            outputs.append(named | {"samples": batch.samples.numpy()})
     return metrics, outputs
 
 
 def stacked(outputs: list[Any], name: str) -> torch.Tensor:
-    return torch.cat([torch.from_numpy(output[name]) for output in outputs])
+    """One value per sample, in the order of files, rows and samples, which is not that of evaluation."""
+    samples = [tuple(sample) for output in outputs for sample in output["samples"].tolist()]
+    order = sorted(range(len(samples)), key=samples.__getitem__)
+    return torch.cat([torch.from_numpy(output[name]) for output in outputs])[order]
 
 
 def held_out(dataset: Path) -> list[tuple[list[int], int]]:

@@ -52,8 +52,7 @@ def train_with_little_room(runs, full_from, full_to):
     def record_and_fill(run, step):
         record(run, step)
         is_full = dist.get_rank() == 1 and full_from <= run.state.step < full_to
-        if not is_full:
-            run.saver.wait()
+        run.saver.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, room[1]) if is_full else room)
 
     loop.record = record_and_fill
