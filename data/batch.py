@@ -53,10 +53,10 @@ class Batch(Pipelineable):
     epoch: int
     samples: Tensor
     """[S, 3] (file, row in the file, sample of the row) of each real sample; stays on the CPU, for the audit."""
-    skipped: tuple[SkippedSample, ...]
-    """Samples of this rank in this step that `data.bad_data="skip"` left out; `num_labels` counts their labels."""
     state: LoaderState
     """Where to resume once this batch has been trained."""
+    skipped: tuple[SkippedSample, ...] = ()
+    """Samples of this rank in this step that `data.bad_data="skip"` left out; `num_labels` counts their labels."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """This batch on another device, all but `samples`."""

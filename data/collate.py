@@ -27,6 +27,10 @@ from .reader import Histories
 from .samples import Candidates, Integers, RankingSampler, Sampler, Split
 from .stochastic_length import Booleans, Events, StochasticLength
 
+_LONG = 200
+"""Mean events per sample from which on samples are copied one by one: at 500, five columns take 7.5 ns of CPU per
+event, against 10.9 through an index of the events, which short samples need."""
+
 
 @dataclass(frozen=True)
 class Collator:
@@ -211,32 +215,46 @@ class _Gathered:
         of_users = [name for name, feature in features.items() if feature.role == "user"]
         self.columns = ["items", "timestamps", "actions", *(name for name in features if name not in of_users)]
         self.lengths, self._memory = lengths, memory
-        self._parts: list[tuple[Histories, Integers]] = []
+        self._is_long = bool(lengths.sum() >= _LONG * len(lengths) > 0)
+        self._parts: list[tuple[Histories, Integers, Integers]] = []
         user_parts: dict[str, list[Integers]] = {name: [np.zeros(0, np.int64)] for name in of_users}
         for group, begin, end in _runs(samples.groups):
             source, part = histories[group], slice(begin, end)
             rows = samples.rows[part] - source.first_row
-            self._parts.append(
-                (source, _ranges(source.offsets[rows] + samples.slices.history_begin[part], lengths[part]))
-            )
+            self._parts.append((source, source.offsets[rows] + samples.slices.history_begin[part], lengths[part]))
             for name, parts in user_parts.items():
                 parts.append(source.users[name][rows])
         self.users = {name: np.concatenate(parts) for name, parts in user_parts.items()}
+        self._index = [] if self._is_long else [_ranges(begin, many) for _, begin, many in self._parts]
 
     def column(self, name: str, *, shift: int = 0) -> Integers:
         """The values of a column, or those of the events `shift` places later."""
-        values = self._memory.empty(sum(len(index) for _, index in self._parts))
+        sources = [source.events[name][shift:] for source, _, _ in self._parts]
+        if self._is_long:
+            values = self._memory.empty(int(self.lengths.sum()))
+            stretches = zip(sources, self._parts, strict=True)
+            return np.concatenate(
+                [
+                    source[first:last]
+                    for source, (_, begin, lengths) in stretches
+                    for first, last in zip(begin.tolist(), (begin + lengths).tolist(), strict=True)
+                ],
+                out=values,
+            )
+        values = self._memory.empty(sum(len(index) for index in self._index))
         end = 0
-        for source, index in self._parts:
+        for source, index in zip(sources, self._index, strict=True):
             begin, end = end, end + len(index)
             # "clip" copies straight into `values`; "raise" would go through a buffer.
-            np.take(source.events[name][shift:], index, out=values[begin:end], mode="clip")
+            np.take(source, index, out=values[begin:end], mode="clip")
         return values
 
     def keep(self, is_kept: npt.NDArray[np.bool_]) -> Integers:
         """Forget the other events; returns the new lengths of the samples, none of which loses all."""
-        masks = np.split(is_kept, np.cumsum([len(index) for _, index in self._parts])[:-1])
-        self._parts = [(source, index[mask]) for (source, index), mask in zip(self._parts, masks, strict=True)]
+        index = self._index or [_ranges(begin, many) for _, begin, many in self._parts]
+        masks = np.split(is_kept, np.cumsum([len(each) for each in index])[:-1])
+        self._index = [each[mask] for each, mask in zip(index, masks, strict=True)]
+        self._is_long = False
         self.lengths = np.add.reduceat(is_kept, np.cumsum(self.lengths) - self.lengths, dtype=np.int64)
         return self.lengths
 

@@ -52,6 +52,14 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
     return evaluate_command.run
 
 
+def replay(parser: argparse.ArgumentParser) -> Run:
+    """Train one step of a run again."""
+    from ..trainer import replay_command
+
+    replay_command.add_arguments(parser)
+    return replay_command.run
+
+
 def launch(parser: argparse.ArgumentParser) -> Run:
     """Hand a recipe to a scheduler."""
     from . import launcher
@@ -132,6 +140,14 @@ The same command again continues the run from its newest complete checkpoint."""
         """\
   ultrarec evaluate runs/hstu_kuairand_sample
   ultrarec evaluate runs/hstu_kuairand_sample --checkpoint best""",
+    ),
+    "replay": Command(
+        replay,
+        "train one step of a run again, beside it, and show its rows, losses and gradients",
+        """\
+  ultrarec replay runs/hstu_kuairand_sample 1234
+  torchrun --nproc-per-node 2 -m ultrarec.launch.cli replay runs/two 1234
+The same number of processes as the run had gives the same numbers, bit for bit.""",
     ),
     "launch": Command(
         launch,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
@@ -11,13 +10,16 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from ..data.batch import Batch
+from ..data.cost import CostModel
 from ..data.errors import UserError
 from ..data.loader import Loader, LoaderState
 from ..data.samples import Candidates, NextItemSampler, RankingSampler, Split
 from ..data.schema import DatasetInfo
+from ..data.storage import load_dataset as load_info
 from ..embeddings.lookup import Lookup, init_tables
 from ..embeddings.plan import describe_plan, make_plan
 from ..embeddings.tables import build_tables
+from ..model.config import ModelConfig
 from ..model.recommender import NextItemModel, NextItemOutput, RankingModel, RankingOutput, build_model
 from .config import Config
 from .cut import Cut
@@ -79,7 +81,20 @@ def build_loader(
         state=state or LoaderState(),
         pin_memory=world.device.type == "cuda",
         candidates=candidates_of(config, info),
+        cost_model=cost_model_of(config.model),
     )
+
+
+def cost_model_of(model: ModelConfig) -> CostModel:
+    """Training FLOPs of a (query, key) pair over those of a token's projections, of the stack as a whole.
+
+    Per head, a pair takes two products of width qk_dim or value_dim forward and five backward, 2 * (4 qk_dim + 3
+    value_dim) FLOPs; each weight of the projections takes 6 per token.
+    """
+    inner = model.num_heads * model.value_dim
+    projected = model.width * model.num_heads * (2 * model.qk_dim + 2 * model.value_dim)
+    projected += (3 if model.gating == "concat" else 1) * inner * model.width
+    return CostModel(pair=2 * model.num_heads * (4 * model.qk_dim + 3 * model.value_dim) / (6 * projected))
 
 
 def build_recommender(config: Config, info: DatasetInfo) -> Recommender:
@@ -133,7 +148,7 @@ def shard(recommender: Recommender, config: Config, world: World) -> Sharded:
 
 def load_dataset(config: Config) -> DatasetInfo:
     """What `ultrarec prepare` wrote, checked against what the recipe asks of it."""
-    info = DatasetInfo.load(Path(config.data.path))
+    info = load_info(config.data.path)
     if info.counts.train_events == 0:
         raise UserError(f"{config.data.path} has no training events; prepare it with another split")
     if config.trainer.evaluate_every is not None and info.counts.validation_events == 0:

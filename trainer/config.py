@@ -142,7 +142,7 @@ class Config(Section):
     def training_hash(self) -> str:
         """Identity of what a checkpoint belongs to: model, tables, objective, and the order of the data."""
         identity = self.model_dump(mode="json", include={"data", "embeddings", "model", "objective"})
-        for name in ("path", "evaluate_rows", "prefetch", "audit"):
+        for name in ("path", "evaluate_rows", "threads", "prefetch", "bad_data", "audit"):
             del identity["data"][name]
         for name in ("sharding", "hbm_gib"):
             del identity["embeddings"][name]

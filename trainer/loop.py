@@ -18,7 +18,7 @@ from .evaluate import Evaluator
 from .manifest import MANIFEST, checkpoint_folder
 from .parallel import World, on_main, sum_over_ranks
 from .pipeline import GuardedPipeline
-from .report import METRICS_FILE, Audit, Reporter, read_lines
+from .report import METRICS_FILE, Audit, Reporter, SkipLog, read_lines
 from .saver import Saver
 from .signals import StopRequested
 from .state import TrainState, Window
@@ -34,6 +34,8 @@ class Meter:
     steps: int = 0
     samples: int = 0
     tokens: int = 0
+    skipped: int = 0
+    """Samples left out as damaged."""
     start: float = field(default_factory=time.monotonic)
     """Moved on by the time that evaluating and saving take."""
 
@@ -55,6 +57,7 @@ class Run:
     timer: Timer
     watchdog: Watchdog
     saver: Saver
+    skips: SkipLog
     meter: Meter = field(default_factory=Meter)
     stragglers: Stragglers = field(default_factory=Stragglers)
 
@@ -111,6 +114,9 @@ def record(run: Run, step: Step) -> None:
         skipped = [consumed.batch.samples for consumed in step.consumed if not consumed.verdict.is_good]
         samples = [consumed.batch.samples for consumed in step.consumed]
         run.audit.write(step=state.step, epoch=state.epoch, samples=samples, skipped=skipped)
+    left_out = [sample for consumed in step.consumed for sample in consumed.batch.skipped]
+    run.meter.skipped += len(left_out)
+    run.skips.write(step=state.step, epoch=state.epoch, skipped=left_out)
     run.reporter.advance()
     run.watchdog.beat(state.step)
 
@@ -118,7 +124,8 @@ def record(run: Run, step: Step) -> None:
 def log(run: Run, step: Step) -> None:
     """Write a line about the steps since the last one, over all ranks."""
     loss_sum, labels = sum_over_ranks(run.state.window.totals()).tolist()
-    samples, tokens = sum_over_ranks(torch.tensor([run.meter.samples, run.meter.tokens])).tolist()
+    meter = run.meter
+    samples, tokens, skipped = sum_over_ranks(torch.tensor([meter.samples, meter.tokens, meter.skipped])).tolist()
     seconds = time.monotonic() - run.meter.start
     per_rank = over_ranks(run.timer.read(), steps=run.meter.steps)
     run.reporter.write(
@@ -134,6 +141,7 @@ def log(run: Run, step: Step) -> None:
             "skipped_batches": run.state.health.skipped,
             **metrics_of(per_rank),
             **({"failed_saves": run.saver.failures} if run.saver.failures else {}),
+            **({"skipped_samples": skipped} if run.config.data.bad_data == "skip" else {}),
         }
     )
     if slow := run.stragglers.take(per_rank):
@@ -160,7 +168,7 @@ def save(run: Run) -> None:
     """Begin to write a checkpoint; the metrics and audit up to its step are on disk before it counts as complete."""
     start = time.monotonic()
     audit = [run.audit.sync] if run.audit is not None else []
-    sync = [run.reporter.sync, *audit, lambda: incidents.sync(run.out)]
+    sync = [run.reporter.sync, run.skips.sync, *audit, lambda: incidents.sync(run.out)]
     with run.timer.phase("checkpoint"), run.watchdog.paused():
         run.saver.save(run.trainable.pieces(run.world), run.state, sync=sync)
     run.meter.start += time.monotonic() - start

@@ -8,14 +8,16 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ..data.errors import UserError
+from ..data.faults import Fault, SkippedSample
 from .incidents import INCIDENTS_FILE
 
 METRICS_FILE = "metrics.jsonl"
@@ -54,8 +56,11 @@ def _parse(line: str, path: Path) -> dict[str, Any]:
 
 
 def forget_after(out: Path, step: int) -> None:
-    """Drop the lines of metrics, incidents and every rank's audit behind `step`: the run writes them again."""
-    for path in [out / METRICS_FILE, out / INCIDENTS_FILE, *out.glob("audit/rank-*.jsonl")]:
+    """Drop the lines behind `step`, of metrics, incidents and every rank's audit and skipped samples: the run writes
+    them again from there.
+    """
+    by_rank = [*out.glob("audit/rank-*.jsonl"), *out.glob("skipped/rank-*.jsonl")]
+    for path in [out / METRICS_FILE, out / INCIDENTS_FILE, *by_rank]:
         keep_lines(path, lambda line: line["step"] <= step)
 
 
@@ -145,6 +150,44 @@ class Audit:
 
 def _rows(parts: list[Tensor]) -> list[list[int]]:
     return [row for part in parts for row in part.tolist()]
+
+
+class SkipLog:
+    """Which samples were left out as damaged: `OUT/skipped/rank-R.jsonl`, there from the first of them on."""
+
+    def __init__(self, out: Path, *, rank: int) -> None:
+        self._path = out / "skipped" / f"rank-{rank}.jsonl"
+        self._file: TextIO | None = None
+
+    def opened(self, faults: Sequence[Fault]) -> None:
+        """Record what opening the dataset found damaged: it belongs to no step, and is written anew by every start."""
+        path = self._path.with_name("opening.jsonl")
+        path.unlink(missing_ok=True)
+        if faults:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(asdict(fault)) + "\n" for fault in faults), encoding="utf-8")
+
+    def write(self, *, step: int, epoch: int, skipped: Sequence[SkippedSample]) -> None:
+        """Record the samples that this rank left out of a step, one line each."""
+        if skipped and self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8")
+        for sample in skipped:
+            place = {"rows": [[sample.file, sample.row, sample.sample]], "fault": asdict(sample.fault)}
+            assert self._file is not None
+            self._file.write(json.dumps({"step": step, "epoch": epoch, **place}) + "\n")
+        if self._file is not None:
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Make every line written so far survive the machine."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, columns: list[str]) -> str:

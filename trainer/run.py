@@ -19,12 +19,13 @@ from .manifest import Manifest, complete_checkpoints, newest_at
 from .optimizer import Optimizer
 from .parallel import World, on_main
 from .pipeline import GuardedPipeline
-from .report import Audit, Reporter, forget_after
+from .report import Audit, Reporter, SkipLog, forget_after
 from .saver import Saver
 from .signals import StopRequest
 from .state import TrainState
 from .storage import Location, checkpoint_home, location
 from .timing import Timer
+from .unpipelined import Unpipelined
 from .watchdog import Watchdog
 
 CONFIG_FILE = "config.toml"
@@ -62,6 +63,8 @@ def assemble(
     on_main(world, lambda: _prepare_folder(config, out, sharded.plan, state.step))
     reporter = Reporter(out, is_main=world.is_main, step=state.step, total_steps=total_steps)
     audit = Audit(out, rank=world.rank) if config.data.audit else None
+    skips = SkipLog(out, rank=world.rank)
+    on_main(world, lambda: skips.opened(loader.faults))
     watchdog = Watchdog(out, rank=world.rank, seconds=config.trainer.watchdog_seconds)
     saver = Saver(
         config.checkpoint,
@@ -73,6 +76,7 @@ def assemble(
     )
     timer = Timer(world.device)
     timer.watch_module(recommender.lookup, "exchange")
+    pipeline = Unpipelined if recommender.lookup.collection is None else GuardedPipeline
     reporter.say(_greeting(out, sharded.plan, newest, world, state.step, total_steps))
     try:
         yield Run(
@@ -80,7 +84,7 @@ def assemble(
             world=world,
             out=out,
             trainable=trainable,
-            pipeline=GuardedPipeline(
+            pipeline=pipeline(
                 sharded.parallel,
                 recommender.cut,
                 trainable.optimizer.dense,
@@ -94,6 +98,7 @@ def assemble(
             total_steps=total_steps,
             reporter=reporter,
             audit=audit,
+            skips=skips,
             timer=timer,
             watchdog=watchdog,
             saver=saver,
@@ -103,6 +108,7 @@ def assemble(
         loader.close()
         saver.close()
         reporter.close()
+        skips.close()
         if audit is not None:
             audit.close()
 

@@ -68,7 +68,7 @@ class BiasPass:
             problem.alpha / 2,
         )
         variant = variant_of(problem, blocks, target)
-        launch = Launch(bias_kernel, num_bands * num_chunks, arguments, variant, options_of(blocks))
+        launch = Launch(bias_kernel, num_bands * num_chunks, arguments, variant, options_of(blocks, target))
         return cls(problem.max_seq_len, sequences.num_tiles, bands, buckets, launch)
 
     def position_gradient(self) -> Tensor:

@@ -2,16 +2,20 @@
 
 Chosen by what compiling for a device shows; nothing here was timed. Large tiles spread the overhead of an iteration
 over more scores: the tables have the largest found that need no stack with all mask parameters, targets and bias.
-On sm_90, causal, bfloat16, one scale, the loop over full tiles issues per score (instructions of a warp times 32):
+On sm_90, causal, bfloat16, the loop over full tiles issues per score (instructions of a warp times 32):
 
-    head width                64     128
-    forward                  5.3     5.2
-    gradients of k and v    11.4    12.1
-    gradient of q            8.6     9.0
+    head width                      64     128
+    forward                        5.3     5.2
+    gradients of k and v          11.4    12.1
+      with a scale per query              15.0
+    gradient of q                  8.6     9.0
+      and of a scale per query            10.1
 
-The loop over tiles at the edge of the causal mask issues 10.0 and 10.8 in the forward. Known to spill some bytes are
-biased heads wider than 128 on sm_100 and CDNA, the gradients of keys of biased heads on gfx942, and float32: the bias
-gradient and, on gfx942, all heads wider than 128.
+The loop over tiles at the edge of the causal mask issues 10.0 and 10.8 in the forward. Heads wider than 128 leave no
+registers for tiles that a group of warps of sm_90 multiplies together: their gradients use the instructions of sm_80.
+Known to spill, on sm_90 and sm_100: heads that no descriptor takes, their strides being no multiples of 16 bytes, if
+they are wider than 128 (up to 256 bytes), or have a bias and are wider than 64 (8 bytes). On gfx942 and gfx950 only
+bfloat16 heads of 128 were looked at.
 """
 
 from dataclasses import dataclass
@@ -31,8 +35,6 @@ class Blocks:
     keys: int
     num_warps: int = 4
     num_stages: int = 2
-    max_registers: int | None = None
-    """ptxas settles on 32 registers for some kernels of sm_80, and on kilobytes of stack, unless told otherwise."""
 
 
 Table = dict[str, dict[int, Blocks]]
@@ -41,57 +43,65 @@ Table = dict[str, dict[int, Blocks]]
 HOPPER: Table = {
     "forward": {128: Blocks(128, 128, 8), 256: Blocks(128, 64, 8)},
     "keys": {128: Blocks(64, 128, 8), 256: Blocks(32, 32, 8, 1)},
-    # A scale per query is one more operand of every score of a tile.
-    "keys_scaled": {64: Blocks(64, 128, 8), 128: Blocks(32, 128, 8), 256: Blocks(32, 32, 8, 1)},
     "queries": {128: Blocks(128, 128, 8), 256: Blocks(32, 32, 8, 1)},
 }
 HOPPER_BIASED: Table = {
     "forward": {128: Blocks(128, 32, 8, 1), 256: Blocks(64, 32, 8, 1)},
     "keys": {128: Blocks(32, 64, 8, 1), 256: Blocks(32, 32, 8, 1)},
-    "keys_scaled": {128: Blocks(32, 64, 8, 1), 256: Blocks(32, 32, 8, 1)},
-    "queries": {128: Blocks(64, 32, 4, 1), 256: Blocks(32, 32, 8, 1)},
+    "queries": {128: Blocks(64, 32, 4, 1), 256: Blocks(16, 32, 8, 1)},
     "bias": {64: Blocks(64, 64, 8, 1), 128: Blocks(16, 16, 4, 1), 256: Blocks(16, 16, 8, 1)},
 }
 BLACKWELL: Table = {
-    **HOPPER,
-    "keys_scaled": {64: Blocks(32, 128, 8), 128: Blocks(64, 128, 8), 256: Blocks(32, 32, 8, 1)},
-    "queries": {64: Blocks(128, 128, 8), 128: Blocks(128, 64, 8), 256: Blocks(32, 32, 8, 1)},
+    "forward": HOPPER["forward"],
+    "keys": {128: Blocks(64, 128, 8), 256: Blocks(64, 64, 8, 1)},
+    "queries": {64: Blocks(128, 128, 8), 128: Blocks(128, 64, 8), 256: Blocks(64, 64, 8, 1)},
+}
+BLACKWELL_BIASED: Table = {
+    **HOPPER_BIASED,
+    "keys": {128: Blocks(32, 64, 8, 1), 256: Blocks(32, 64, 8)},
+    "queries": {128: Blocks(64, 32, 4, 1), 256: Blocks(64, 32, 8)},
 }
 AMPERE: Table = {
     "forward": {
-        64: Blocks(128, 64, 8, 2, 255),
-        128: Blocks(128, 32, 8, 2, 255),
-        256: Blocks(64, 32, 4, 1, 255),
+        64: Blocks(128, 64, 8, 2),
+        128: Blocks(128, 32, 8, 2),
+        256: Blocks(64, 32, 4, 1),
     },
-    "keys": {128: Blocks(32, 64, 4, 2, 255), 256: Blocks(16, 64, 8, 1, 255)},
-    "keys_scaled": {128: Blocks(32, 64, 4, 2, 255), 256: Blocks(16, 64, 8, 1, 255)},
-    "queries": {64: Blocks(128, 64, 8, 2, 255), 128: Blocks(64, 32, 4, 2, 255), 256: Blocks(32, 16, 4, 1, 255)},
+    "keys": {128: Blocks(32, 64, 4, 2), 256: Blocks(32, 32, 8, 1)},
+    "queries": {64: Blocks(128, 64, 8, 2), 128: Blocks(64, 32, 4, 2), 256: Blocks(32, 16, 4, 1)},
 }
 AMPERE_BIASED: Table = {
-    "forward": {128: Blocks(32, 32, 4, 1, 255), 256: Blocks(32, 32, 8, 1, 255)},
-    "keys": {128: Blocks(32, 64, 8, 1, 255), 256: Blocks(32, 32, 8, 1, 255)},
-    "keys_scaled": {128: Blocks(32, 64, 8, 1, 255), 256: Blocks(32, 32, 8, 1, 255)},
-    "queries": {128: Blocks(32, 32, 4, 1, 255), 256: Blocks(32, 32, 8, 1, 255)},
-    "bias": {128: Blocks(16, 16, 4, 1, 255), 256: Blocks(16, 16, 8, 1, 255)},
+    "forward": {128: Blocks(32, 32, 4, 1), 256: Blocks(32, 32, 8, 1)},
+    "keys": {128: Blocks(32, 64, 8, 1), 256: Blocks(32, 32, 8, 1)},
+    "queries": {128: Blocks(32, 32, 4, 1), 256: Blocks(32, 32, 8, 1)},
+    "bias": {128: Blocks(16, 16, 4, 1), 256: Blocks(16, 16, 8, 1)},
+}
+# Loads by pointers, of strides that no descriptor takes, hold an address for every few elements.
+POINTERS: Table = {
+    "forward": {64: Blocks(128, 32, 8, 1), 256: Blocks(32, 32, 8, 1)},
+    "keys": {64: Blocks(32, 64, 8, 1), 256: Blocks(16, 32, 8, 1)},
+    "queries": {64: Blocks(64, 32, 8, 1), 256: Blocks(16, 32, 8, 1)},
+}
+POINTERS_BIASED: Table = {
+    "forward": {256: Blocks(32, 32, 8, 1)},
+    "keys": {256: Blocks(16, 32, 8, 1)},
+    "queries": {256: Blocks(16, 32, 8, 1)},
 }
 CDNA: Table = {
     "forward": {128: Blocks(128, 64, 4, 1), 256: Blocks(64, 32, 4, 1)},
     "keys": {64: Blocks(64, 64, 4, 1), 128: Blocks(32, 64, 4, 1), 256: Blocks(32, 32, 4, 1)},
-    "keys_scaled": {64: Blocks(64, 64, 4, 1), 128: Blocks(32, 64, 4, 1), 256: Blocks(32, 32, 4, 1)},
     "queries": {64: Blocks(64, 64, 4, 1), 128: Blocks(64, 32, 4, 1), 256: Blocks(32, 32, 4, 1)},
 }
 CDNA_BIASED: Table = {
     "forward": {256: Blocks(64, 32, 4, 1)},
-    "keys": {256: Blocks(32, 32, 4, 1)},
-    "keys_scaled": {256: Blocks(32, 32, 4, 1)},
-    "queries": {128: Blocks(64, 32, 4, 1), 256: Blocks(32, 32, 4, 1)},
+    "keys": {256: Blocks(16, 32, 4, 1)},
+    "queries": {128: Blocks(64, 32, 4, 1), 256: Blocks(16, 32, 4, 1)},
     "bias": {256: Blocks(32, 32, 4, 1)},
 }
 # Without tensor cores products take registers for both operands.
 FLOAT32: Table = {
     "forward": {64: Blocks(64, 32, 8, 1), 128: Blocks(32, 16, 8, 1), 256: Blocks(16, 16, 8, 1)},
     "keys": {256: Blocks(16, 16, 8, 1)},
-    "keys_scaled": {256: Blocks(16, 16, 8, 1)},
     "queries": {64: Blocks(32, 32, 8, 1), 256: Blocks(16, 16, 8, 1)},
     "bias": {256: Blocks(16, 16, 8, 1)},
 }
@@ -99,15 +109,21 @@ FLOAT32: Table = {
 INTERPRETED: Table = {
     "forward": {256: Blocks(32, 32)},
     "keys": {256: Blocks(32, 32)},
-    "keys_scaled": {256: Blocks(32, 16)},
     "queries": {256: Blocks(16, 32)},
     "bias": {256: Blocks(16, 16)},
 }
 
 
-def blocks_of(kernel: str, target: str, width: int, dtype: torch.dtype, *, biased: bool) -> Blocks:
-    """The tiles of a kernel for heads of this width, at most 256."""
-    sizes = _table_of(target, dtype, biased)[kernel]
+def blocks_of(
+    kernel: str, target: str, width: int, dtype: torch.dtype, *, biased: bool, by_pointers: bool = False
+) -> Blocks:
+    """The tiles of a kernel for heads of this width, at most 256; for a device with descriptors that cannot use them,
+    by_pointers.
+    """
+    table = _table_of(target, dtype, biased)
+    if by_pointers and dtype != torch.float32:
+        table = POINTERS_BIASED if biased else POINTERS
+    sizes = table[kernel]
     return sizes[min(limit for limit in sizes if limit >= width)]
 
 
@@ -121,7 +137,7 @@ def _table_of(target: str, dtype: torch.dtype, biased: bool) -> Table:
     if target == "sm_90":
         return HOPPER_BIASED if biased else HOPPER
     if target in ("sm_100", "sm_103"):
-        return HOPPER_BIASED if biased else BLACKWELL
+        return BLACKWELL_BIASED if biased else BLACKWELL
     return AMPERE_BIASED if biased else AMPERE
 
 

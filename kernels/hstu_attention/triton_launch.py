@@ -17,6 +17,11 @@ from .triton_kernels.backward import keys_kernel, queries_kernel
 from .triton_kernels.forward import forward_kernel
 from .triton_kernels.scores import Bias, Events, Scale, Sequences, Variant
 
+MAX_REGISTERS = 255
+"""As many as a thread can have."""
+LARGEST_EVENT_STRIDE = (2**31 - 1) // 256
+"""Kernels count in 64 bits up to a tile, and in 32 bits within it; no tile has more than 256 events."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -42,7 +47,7 @@ class Launch:
 
 def forward_launch(problem: Problem, out: Tensor, target: str) -> Launch:
     """Write the attention to out `[T, H, Dv]`."""
-    blocks = blocks_for("forward", problem, target)
+    blocks = blocks_for("forward", problem, target, problem.k, problem.v)
     sequences = sequences_of(problem, blocks.rows)
     events = [events_of(x) for x in (problem.q, problem.k, problem.v, out)]
     tiles = [_tiles(x, blocks.keys, target) for x in (problem.k, problem.v)]
@@ -51,8 +56,7 @@ def forward_launch(problem: Problem, out: Tensor, target: str) -> Launch:
 
 def keys_launch(problem: Problem, dout: Tensor, dk: Tensor, dv: Tensor, target: str) -> Launch:
     """Write the gradients of k and v to dk and dv."""
-    is_uniform = problem.scale.stride(0) == 0
-    blocks = blocks_for("keys" if is_uniform else "keys_scaled", problem, target)
+    blocks = blocks_for("keys", problem, target, problem.q, dout)
     sequences = sequences_of(problem, blocks.keys)
     events = [events_of(x) for x in (problem.q, problem.k, problem.v, dout, dk, dv)]
     tiles = [_tiles(x, blocks.rows, target) for x in (problem.q, dout)]
@@ -61,7 +65,7 @@ def keys_launch(problem: Problem, dout: Tensor, dk: Tensor, dv: Tensor, target: 
 
 def queries_launch(problem: Problem, dout: Tensor, dq: Tensor, dscale: Tensor | None, target: str) -> Launch:
     """Write the gradient of q to dq, and that of the scale by head to dscale `[T, H, 1]`, if it is there."""
-    blocks = blocks_for("queries", problem, target)
+    blocks = blocks_for("queries", problem, target, problem.k, problem.v)
     sequences = sequences_of(problem, blocks.rows)
     events = [events_of(x) for x in (problem.q, problem.k, problem.v, dout, dq)]
     dscale_events = None if dscale is None else events_of(dscale)
@@ -69,25 +73,29 @@ def queries_launch(problem: Problem, dout: Tensor, dq: Tensor, dscale: Tensor | 
     return _launch(queries_kernel, problem, blocks, target, sequences, *events, dscale_events, *tiles)
 
 
-def blocks_for(kernel: str, problem: Problem, target: str) -> Blocks:
-    """The tiles of a kernel for the dtype and head widths of a problem."""
+def blocks_for(kernel: str, problem: Problem, target: str, *tiled: Tensor) -> Blocks:
+    """The tiles of a kernel for the dtype and head widths of a problem, and for how it can load what it loops over."""
     width = max(problem.q.shape[2], problem.v.shape[2])
-    return blocks_of(kernel, target, width, problem.q.dtype, biased=problem.bias is not None)
+    has_descriptors = target != INTERPRETER and target in DESCRIPTOR_TARGETS
+    by_pointers = has_descriptors and not all(_has_descriptor(x, target) for x in tiled)
+    return blocks_of(kernel, target, width, problem.q.dtype, biased=problem.bias is not None, by_pointers=by_pointers)
 
 
-def options_of(blocks: Blocks) -> dict[str, int]:
+def options_of(blocks: Blocks, target: str) -> dict[str, int]:
     """The launch options of a kernel."""
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
-    return options if blocks.max_registers is None else {**options, "maxnreg": blocks.max_registers}
+    # Left to itself, ptxas settles for fewer registers in some kernels and spills: on sm_80 for 32, and kilobytes.
+    return {**options, "maxnreg": MAX_REGISTERS} if target.startswith("sm_") else options
 
 
 def variant_of(problem: Problem, blocks: Blocks, target: str) -> Variant:
     """What a kernel is compiled for."""
     dqk, dv = problem.q.shape[2], problem.v.shape[2]
+    uniform_scale = problem.scale.stride(0) == 0
     return Variant(
         mask=problem.mask,
         has_targets=problem.num_targets is not None,
-        uniform_scale=problem.scale.stride(0) == 0,
+        uniform_scale=uniform_scale,
         hardware_tanh=target.startswith("sm_") and problem.q.dtype != torch.float32,
         interpreted=target == INTERPRETER,
         dqk=dqk,
@@ -96,7 +104,7 @@ def variant_of(problem: Problem, blocks: Blocks, target: str) -> Variant:
         block_dv=_padded(dv),
         rows=blocks.rows,
         keys=blocks.keys,
-        edge_rows=max(16, blocks.rows // 2),
+        edge_rows=max(16, blocks.rows // (2 if uniform_scale else 4)),
         edge_keys=max(16, blocks.keys // 2),
     )
 
@@ -109,8 +117,8 @@ def sequences_of(problem: Problem, tile: int) -> Sequences:
 
 
 def events_of(x_THD: Tensor) -> Events:
-    """A tensor as the kernels take it; copied if its last dimension has holes."""
-    if x_THD.stride(2) != 1:
+    """A tensor as the kernels take it; copied if its last dimension has holes, or its events are too far apart."""
+    if x_THD.stride(2) != 1 or x_THD.stride(0) > LARGEST_EVENT_STRIDE:
         x_THD = x_THD.contiguous()
     return Events(x_THD, x_THD.stride(0), x_THD.stride(1))
 
@@ -136,12 +144,18 @@ def bias_of(problem: Problem) -> Bias | None:
 
 def _tiles(x_THD: Tensor, rows: int, target: str) -> TensorDescriptor | None:
     """Tiles of `rows` events for the tensor memory accelerator, if the device has one and strides suit it."""
-    if target not in DESCRIPTOR_TARGETS or x_THD.stride(2) != 1 or x_THD.data_ptr() % 16:
+    if not _has_descriptor(x_THD, target):
         return None
-    strides = x_THD.stride()
-    if any(stride == 0 or stride * x_THD.element_size() % 16 for stride in strides[:2]) or 0 in x_THD.shape:
-        return None
-    return TensorDescriptor(x_THD, list(x_THD.shape), list(strides), [rows, 1, _padded(x_THD.shape[2])])
+    return TensorDescriptor(x_THD, list(x_THD.shape), list(x_THD.stride()), [rows, 1, _padded(x_THD.shape[2])])
+
+
+def _has_descriptor(x_THD: Tensor, target: str) -> bool:
+    # Without tensor cores products take operands from registers: with descriptors those of heads of 256 were spilled.
+    is_suited = target == INTERPRETER or x_THD.dtype != torch.float32
+    if target not in DESCRIPTOR_TARGETS or not is_suited or x_THD.stride(2) != 1 or x_THD.data_ptr() % 16:
+        return False
+    strides = x_THD.stride()[:2]
+    return 0 not in x_THD.shape and all(stride > 0 and stride * x_THD.element_size() % 16 == 0 for stride in strides)
 
 
 def _padded(width: int) -> int:
@@ -152,4 +166,4 @@ def _padded(width: int) -> int:
 def _launch(kernel: Any, problem: Problem, blocks: Blocks, target: str, sequences: Sequences, *events: Any) -> Launch:
     num_programs = (len(problem.offsets) - 1) * sequences.num_heads * sequences.num_tiles
     arguments = (*events, scale_of(problem), sequences, bias_of(problem), problem.alpha / 2)
-    return Launch(kernel, num_programs, arguments, variant_of(problem, blocks, target), options_of(blocks))
+    return Launch(kernel, num_programs, arguments, variant_of(problem, blocks, target), options_of(blocks, target))

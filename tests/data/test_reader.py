@@ -7,8 +7,11 @@ import pytest
 
 from ultrarec.data.config import FeatureConfig
 from ultrarec.data.errors import UserError
+from ultrarec.data.memory import Memory
 from ultrarec.data.reader import Reader
+from ultrarec.data.samples import RankingSampler
 from ultrarec.data.schema import DatasetInfo
+from ultrarec.data.storage import Storage
 from ultrarec.data.synthetic import random_histories, write_dataset
 
 FEATURES = {
@@ -29,6 +32,10 @@ def info(histories, tmp_path):
     return write_dataset(tmp_path / "dataset", histories, num_items=20, num_files=3, rows_per_group=6)
 
 
+def reader(info, features=None, **options):
+    return Reader(info, features or {}, storage=Storage(str(info.root)), memory=Memory(), **options)
+
+
 def rewrite(info, change, file=0):
     """Replace one history file by what `change` makes of it."""
     path = info.history_paths[file]
@@ -39,12 +46,12 @@ def tab_id(value):
     return value + 1 if value < 4 else 0
 
 
-@pytest.mark.parametrize("groups", [[0], [4], [1, 2, 3], [0, 5, 8], list(range(9))])
-def test_any_row_groups_of_any_files_decode_to_the_rows_written(info, histories, groups):
-    reader = Reader(info, FEATURES)
-    read = reader.read(np.array(groups))
-    rows = [row for group in groups for row in range(reader.group_begin[group], reader.group_begin[group + 1])]
-    assert read.rows.tolist() == rows
+@pytest.mark.parametrize("group", range(9))
+def test_any_row_group_of_any_file_decodes_to_the_rows_written(info, histories, group):
+    opened = reader(info, FEATURES)
+    read = opened.read(group)
+    rows = range(opened.group_begin[group], opened.group_begin[group + 1])
+    assert read.first_row == rows[0]
     for place, row in enumerate(rows):
         written = histories.slice(row, 1).to_pylist()[0]
         events = slice(read.offsets[place], read.offsets[place + 1])
@@ -53,18 +60,27 @@ def test_any_row_groups_of_any_files_decode_to_the_rows_written(info, histories,
         assert read.events["tab"][events].tolist() == [tab_id(value) for value in written["tab"]]
         assert (read.events["play_time"][events] == 0).tolist() == [value is None for value in written["play_time"]]
         assert (read.users["age"][place] == 0) == (written["age"] is None)
+    assert len(read.offsets) == len(rows) + 1
 
 
 def test_rows_and_row_groups_are_numbered_over_all_files(info, histories):
-    reader = Reader(info, {})
-    assert reader.file_begin.tolist() == [0, 16, 33, 50]
-    assert reader.group_begin.tolist() == [0, 6, 12, 16, 22, 28, 33, 39, 45, 50]
+    opened = reader(info)
+    assert opened.file_begin.tolist() == [0, 16, 33, 50]
+    assert opened.group_begin.tolist() == [0, 6, 12, 16, 22, 28, 33, 39, 45, 50]
+    counts = opened.counts_of(np.arange(9))
     for name in ("num_events", "num_train", "num_validation"):
-        assert getattr(reader.counts, name).tolist() == histories[name].to_pylist()
+        assert getattr(counts, name).tolist() == histories[name].to_pylist()
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_the_samples_of_each_row_group_are_counted(info, split):
+    opened, sampler = reader(info), RankingSampler(5, 2)
+    expected = [int(sampler.num_samples(opened.counts_of(np.array([group])), split).sum()) for group in range(9)]
+    assert opened.num_samples(sampler, split).tolist() == expected
 
 
 def test_only_the_columns_that_are_needed_are_read(info):
-    read = Reader(info, {"tab": FEATURES["tab"]}).read(np.array([0]))
+    read = reader(info, {"tab": FEATURES["tab"]}).read(0)
     assert sorted(read.events) == ["actions", "items", "tab", "timestamps"]
     assert read.users == {}
 
@@ -74,16 +90,16 @@ def test_large_integers_keep_their_value_beside_nulls(tmp_path, histories):
     table = histories.append_column("region", ids)
     info = write_dataset(tmp_path / "dataset", table, num_items=20)
     feature = FeatureConfig(kind="hash", role="user", num_values=10**15)
-    read = Reader(info, {"region": feature}).read(np.array([0]))
+    read = reader(info, {"region": feature}).read(0)
     without_nulls = table.set_column(table.num_columns - 1, "region", pa.array([2**62 + 1] * 50))
-    expected = Reader(write_dataset(tmp_path / "other", without_nulls, num_items=20), {"region": feature})
-    assert read.users["region"][:2].tolist() == [expected.read(np.array([0])).users["region"][0], 0]
+    expected = reader(write_dataset(tmp_path / "other", without_nulls, num_items=20), {"region": feature})
+    assert read.users["region"][:2].tolist() == [expected.read(0).users["region"][0], 0]
 
 
 @pytest.mark.parametrize(
     ("name", "feature", "message"),
     [
-        ("taab", FEATURES["tab"], r"features\.taab: .* has no such column; choose one of \['user_id', 'age', 'tab', "),
+        ("taab", FEATURES["tab"], r"features\.taab: .* has no such column; choose one of \['user_id', "),
         ("items", FEATURES["tab"], r"features\.items: .* has no such column"),
         ("age", FEATURES["tab"], r"role='event', but the column holds one value per user; set the role to 'user'"),
         ("tab", FEATURES["age"], r"role='user', but the column holds one value per event; set .* 'event' or 'outcome'"),
@@ -96,7 +112,7 @@ def test_large_integers_keep_their_value_beside_nulls(tmp_path, histories):
 )
 def test_a_feature_that_the_dataset_cannot_give_is_an_error_with_the_remedy(info, name, feature, message):
     with pytest.raises(UserError, match=message):
-        Reader(info, {name: feature})
+        reader(info, {name: feature})
 
 
 def test_hashing_user_ids_needs_integers(tmp_path, histories):
@@ -105,31 +121,31 @@ def test_hashing_user_ids_needs_integers(tmp_path, histories):
     with pytest.raises(
         UserError, match=r"features\.user_id\.kind='hash' reads integers .* but the column holds string"
     ):
-        Reader(info, {"user_id": FEATURES["user_id"]})
+        reader(info, {"user_id": FEATURES["user_id"]})
 
 
 def test_a_missing_file_is_named(info):
     info.history_paths[1].unlink()
     with pytest.raises(UserError, match=r"part-00001\.parquet cannot be read .* prepare the dataset again"):
-        Reader(info, {})
+        reader(info)
 
 
 def test_a_damaged_file_is_named(info):
     info.history_paths[1].write_bytes(b"PAR1 and then nothing of use PAR1")
-    with pytest.raises(UserError, match=r"part-00001\.parquet cannot be read"):
-        Reader(info, {})
+    with pytest.raises(UserError, match=r"part-00001\.parquet: not a whole Parquet file"):
+        reader(info)
 
 
 def test_a_file_with_other_rows_than_declared_is_an_error(info):
     rewrite(info, lambda table: table.slice(1))
     with pytest.raises(UserError, match=r"part-00000\.parquet has 15 rows, dataset\.json says 16"):
-        Reader(info, {})
+        reader(info)
 
 
 def test_a_file_without_a_built_in_column_is_an_error(info):
     rewrite(info, lambda table: table.drop_columns("num_train"), file=2)
     with pytest.raises(UserError, match=r"part-00002\.parquet has no column 'num_train'"):
-        Reader(info, {})
+        reader(info)
 
 
 def test_lists_that_disagree_with_the_number_of_events_are_an_error(info):
@@ -138,13 +154,15 @@ def test_lists_that_disagree_with_the_number_of_events_are_an_error(info):
         return table.set_column(table.schema.get_field_index("actions"), "actions", actions)
 
     rewrite(info, shorten)
-    with pytest.raises(UserError, match=r"values in 'actions' but \d+ events in num_events; prepare the dataset again"):
-        Reader(info, {}).read(np.array([0]))
+    with pytest.raises(
+        UserError, match=r"row group 0, row \d, column actions: \d+ values, but \d+ events in num_events"
+    ):
+        reader(info).read(0)
 
 
 def test_a_dataset_without_files_has_no_rows(info):
     raw = json.loads((info.root / "dataset.json").read_text())
     (info.root / "dataset.json").write_text(json.dumps({**raw, "files": []}))
-    reader = Reader(DatasetInfo.load(info.root), {})
-    assert len(reader.counts.num_events) == 0
-    assert reader.group_begin.tolist() == [0]
+    opened = reader(DatasetInfo.load(info.root))
+    assert opened.num_samples(RankingSampler(5, 2), "train").tolist() == []
+    assert opened.group_begin.tolist() == [0]

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 TOOL = Path(__file__).parents[1] / "compile_attention.py"
-# What a block may have at most: bytes of shared memory (LDS on AMD).
-SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10}
+# What a block may have at most: bytes of shared memory (LDS on AMD). The tiles of sm_80 are also those of sm_86, sm_89
+# and sm_120, which have 99 KiB.
+SHARED_MEMORY = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10}
 TENSOR_INSTRUCTION = {
     "sm_80": "mma.sync",
     "sm_90": "wgmma",
@@ -34,7 +35,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_no_shipped_kernel_spills_or_outgrows_its_device(compiled: list[dict[str, Any]]) -> None:
     assert {kernel["target"] for kernel in compiled} == SHARED_MEMORY.keys()
     for kernel in compiled:
@@ -44,9 +45,27 @@ def test_no_shipped_kernel_spills_or_outgrows_its_device(compiled: list[dict[str
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_every_shipped_kernel_multiplies_on_tensor_cores(compiled: list[dict[str, Any]]) -> None:
+@pytest.mark.timeout(600)
+def test_every_shipped_kernel_of_half_precision_multiplies_on_tensor_cores(compiled: list[dict[str, Any]]) -> None:
     for kernel in compiled:
-        # Tiles of the bias gradient are 16 x 16: too small for the instructions of a group of warps.
-        wanted = "mma.sync" if kernel["kernel"] == "bias" else TENSOR_INSTRUCTION[kernel["target"]]
-        assert wanted in kernel["tensor_instructions"], kernel
+        if kernel["dtype"] == "float32":
+            continue
+        # Some tiles are too small for the instructions of a group of warps, because larger ones spill: those of the
+        # bias gradient, of the backward of the widest heads on sm_90, and of biased heads without a descriptor.
+        wide_backward = kernel["target"] == "sm_90" and kernel["width"] > 128 and kernel["kernel"] != "forward"
+        by_pointers = kernel["target"] in ("sm_90", "sm_100") and kernel["width"] == 50 and kernel["biased"]
+        is_small = kernel["kernel"] == "bias" or wide_backward or by_pointers
+        wanted = {TENSOR_INSTRUCTION[kernel["target"]], *(["mma.sync"] if is_small else [])}
+        assert wanted & {*kernel["tensor_instructions"]}, kernel
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_tiles_that_are_visible_in_full_run_a_loop_without_a_mask(compiled: list[dict[str, Any]]) -> None:
+    for kernel in compiled:
+        # Heads of 50 fill tiles of 64 columns, of which loads leave out some.
+        if kernel["kernel"] != "bias" and kernel["width"] != 50:
+            full, edge = kernel["masked_values"]
+            # With a time bias one comparison decides the bucket.
+            assert full == int(kernel["biased"]), kernel
+            assert edge > 1, kernel

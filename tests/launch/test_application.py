@@ -31,6 +31,12 @@ def test_two_nodes_meet_at_the_first_ones_address():
     assert '--rdzv-endpoint "$${${rank0_env}:=localhost}:29500"' in command_of(app)
 
 
+def test_an_elastic_job_tells_torchrun_and_the_scheduler_its_fewest_nodes():
+    app = train(config=RECIPE, j="1:3x2")
+    assert (app.roles[0].num_replicas, app.roles[0].min_replicas) == (3, 1)
+    assert "torchrun --nnodes 1:3 --nproc-per-node 2 " in command_of(app)
+
+
 def test_a_node_offers_what_the_launch_section_says():
     app = train(
         "launch.nodes=4",
@@ -60,7 +66,9 @@ def test_no_shell_ever_sees_inside_a_value():
     assert words[words.index("--out") + 1] == "runs/$x y"
 
 
-@pytest.mark.parametrize("text", ["2", "x2", "0x2", "2x0", "2x-1", "1x2x3", "axb", "1.5x2", "2 x 2"])
+@pytest.mark.parametrize(
+    "text", ["2", "x2", "0x2", "2x0", "2x-1", "1x2x3", "axb", "1.5x2", "2 x 2", "3:2x1", "0:2x1", ":2x1"]
+)
 def test_a_size_that_is_no_size_is_refused(text):
     with pytest.raises(UserError, match="expected NODESxPROCS"):
         Size.parse(text)

@@ -102,7 +102,11 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
         ("trianer.epochs=1", "trianer is no known setting; did you mean 'trainer'?"),
         ("trainer.max_step=1", "trainer.max_step is no known setting; did you mean 'max_steps'?"),
         ("data.features.tab.colour=1", "data.features.tab.colour is no known setting; remove it"),
-        ("checkpoint.xyz=1", "checkpoint.xyz is no known setting; known here: asynchronous, best_metric, every, keep_best, keep_every, keep_last, path, start_from"),
+        (
+            "checkpoint.xyz=1",
+            "checkpoint.xyz is no known setting; known here: asynchronous, best_metric, "
+            "every, keep_best, keep_every, keep_last, path, start_from",
+        ),
         (
             "trainer.epochs=many",
             "trainer.epochs='many': input should be a valid integer, unable to parse string as an integer",
@@ -123,8 +127,8 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
         ("trainer.precision=fp8", "trainer.precision='fp8': input should be 'fp32' or 'bf16'"),
         (
             "data.batch_tokens=100",
-            "data.batch_rows=8 and data.batch_tokens=100: exactly one of them sizes a step; "
-            "set one and remove the other",
+            "data.batch_rows=8, data.batch_tokens=100, data.batch_cost=None: exactly one of them sizes a step; "
+            "set one and remove the others",
         ),
         (
             "objective.kind=next_item",
@@ -158,7 +162,8 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
         ),
         (
             "embeddings.sharding.item=diagonal",
-            "embeddings.sharding.item='diagonal': input should be 'auto', 'row_wise', 'table_wise', 'column_wise' or 'data_parallel'",
+            "embeddings.sharding.item='diagonal': input should be 'auto', 'row_wise', 'table_wise', 'column_wise' or "
+            "'data_parallel'",
         ),
     ],
 )
@@ -181,8 +186,8 @@ def test_an_override_through_a_value_is_refused(recipe):
     ("removed", "expected"),
     [
         ("dim = 8\n", "embeddings.dim is missing; set it"),
-        ("batch_rows = 8\n", "data.batch_rows=None and data.batch_tokens=None: exactly one of them sizes a step; "
-                             "set one and remove the other"),
+        ("batch_rows = 8\n", "data.batch_rows=None, data.batch_tokens=None, data.batch_cost=None: exactly one of "
+                             "them sizes a step; set one and remove the others"),
         ("epochs = 1\n", NEITHER_END),
         ("[trainer]\nepochs = 1\n", "trainer is missing; set it"),
     ],
@@ -244,6 +249,8 @@ def test_reading_a_configuration_imports_neither_torch_nor_numpy():
         ("trainer.max_steps=9", True),
         ("checkpoint.every=9", True),
         ("data.prefetch=9", True),
+        ("data.threads=9", True),
+        ("data.bad_data=skip", True),
     ],
 )
 def test_a_checkpoint_belongs_to_a_model_and_an_order_of_data_not_to_a_machine(recipe, override, same):

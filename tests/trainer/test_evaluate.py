@@ -83,7 +83,7 @@ def test_next_item_metrics_are_those_of_a_full_ranking_in_float64(trained, datas
     assert {target == 0 for _, target in events} == {True, False}, "some targets must be unknown, some known"
     assert any(target in seen for seen, target in events), "some targets must have been seen before"
     assert stacked(outputs, "labels").tolist() == [target for _, target in events]
-    items = final_tensors(out)["weights/lookup.collection.embeddings.item.weight"][1:, :6].double()
+    items = final_tensors(out)["tables/item/weight"][1:].double()
     scores = (users @ torch.nn.functional.normalize(items, dim=1).T).tolist()
     ranks = [brute_force_rank(row, seen, target) for row, (seen, target) in zip(scores, events, strict=True)]
     assert metrics == pytest.approx(next_item_metrics(torch.tensor(ranks)), rel=1e-12)

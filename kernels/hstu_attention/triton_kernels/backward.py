@@ -82,12 +82,15 @@ def add_queries(
         visible = is_visible(rows, keys, sequence.history_end, VARIANT.mask, VARIANT.has_targets)
         tanh_CR = tl.where(visible, tanh_CR, HIDDEN_TANH)
     weights_CR, excess_CR = silu_and_excess_slope(h_CR, tanh_CR)
-    dweights_CR = dot(v_CD, tl.trans(dout_RD), None, VARIANT)
-    dscores_CR = dweights_CR + dweights_CR * excess_CR
-    if not VARIANT.uniform_scale:
+    if VARIANT.uniform_scale:
+        dweights_CR = dot(v_CD, tl.trans(dout_RD), None, VARIANT)
+        dscores_CR = dweights_CR + dweights_CR * excess_CR
+    else:
+        # Before the product: while it runs the scale then takes no registers, which lets a tile have 64 queries.
         scale_R = load_scale(scale, sequence, first_row, ROWS)
         weights_CR *= scale_R[None, :]
-        dscores_CR *= scale_R[None, :]
+        slopes_CR = scale_R[None, :] + scale_R[None, :] * excess_CR
+        dscores_CR = dot(v_CD, tl.trans(dout_RD), None, VARIANT) * slopes_CR
     dv_CD = dot(round_to(weights_CR, dout_RD.dtype, VARIANT), dout_RD, dv_CD, VARIANT)
     dk_CD = dot(round_to(dscores_CR, q_RD.dtype, VARIANT), q_RD, dk_CD, VARIANT)
     return dk_CD, dv_CD

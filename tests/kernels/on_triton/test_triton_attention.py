@@ -1,28 +1,27 @@
 """The Triton backend of hstu_attention: on the GPU, or in the interpreter if TRITON_INTERPRET=1 was set from the start.
 
-Without either all is skipped here, and test_triton_interpreter.py runs it.
+Without either all is skipped here, and test_triton_interpreter.py runs it. Random problems are in the file next to it.
 """
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from attention_cases import MASKS, Case, assert_as_exact_as_plain_torch, attend, bias_of, inputs_of
 from attention_cases import outputs_and_gradients as outputs_and_gradients_of
-from hypothesis import given, seed, settings
-from hypothesis import strategies as st
+from triton_device import DEVICE, INTERPRETED, needs_triton
 
 from ultrarec.kernels import AttentionMask, hstu_attention
+from ultrarec.kernels.hstu_attention.operator import Problem
+from ultrarec.kernels.hstu_attention.triton_kernels.scores import Events, Sequence, row_pointers
+from ultrarec.kernels.hstu_attention.triton_launch import LARGEST_EVENT_STRIDE, events_of, sequences_of
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 # In the interpreter tiles are of 16 or 32 queries and keys: these lengths are at and off their edges.
 LENGTHS = (0, 1, 31, 33, 0, 7, 80, 64)
 
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"
-)
+pytestmark = needs_triton
 
 
 def case_of(**fields: object) -> Case:
@@ -93,25 +92,6 @@ class TestAgainstTheDefinition:
             torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
 
 
-# Only float32: in few and short sequences the error of bfloat16 is too much a matter of luck for a factor of 2.
-COUNTS = st.sampled_from([0, 0, 1, 3, 17, 40])
-
-
-@seed(0)
-@settings(max_examples=300 if torch.cuda.is_available() else 25, deadline=None, database=None)
-@given(
-    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=2).map(tuple),
-    mask=st.builds(AttentionMask, window=COUNTS, full_tail=COUNTS, prefix=COUNTS, num_contextual=COUNTS),
-    targets=st.booleans(),
-    bias=st.sampled_from(["", "", "", "position", "time query", "position time"]),
-    scale=st.sampled_from(["default", "tensor"]),
-    widths=st.sampled_from([(4, 4), (9, 5), (16, 24)]),
-)
-@pytest.mark.timeout(600)
-def test_any_call_is_as_exact_as_plain_torch(widths: tuple[int, int], **fields: object) -> None:
-    assert_exact(dqk=widths[0], dv=widths[1], **fields)
-
-
 def test_strided_views_give_the_same_result_as_copies() -> None:
     torch.manual_seed(0)
     offsets = torch.tensor([0, 40, 41, 100], device=DEVICE)
@@ -155,6 +135,75 @@ def test_nan_in_one_sequence_stays_there() -> None:
         assert grad[:40].isfinite().all()
         assert grad[77:].isfinite().all()
         assert grad[40:77].isnan().all()
+
+
+POISONED = slice(96, 128)
+"""Three tiles into a sequence of 256, of which a query sees 16 events back."""
+
+
+def outputs_and_gradients_with_nan(names: tuple[str, ...], mask: AttentionMask) -> dict[str, torch.Tensor]:
+    case = case_of(lengths=(256,), mask=mask, scale="tensor")
+    inputs = inputs_of(case)
+    for name in names:
+        inputs[name][POISONED] = float("nan")
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    out = attend(case, inputs, "triton")
+    return {
+        "out": out.detach(),
+        **dict(zip(inputs, torch.autograd.grad(out.sum(), list(inputs.values())), strict=True)),
+    }
+
+
+@pytest.mark.parametrize("prefix", [0, 20])
+def test_tiles_that_the_mask_hides_are_never_read(prefix: int) -> None:
+    """NaN reaches only those tiles that see some of it, though even hidden by a factor of 0 it would stay NaN."""
+    mask = AttentionMask(window=16, prefix=prefix)
+    clean = outputs_and_gradients_with_nan((), mask)
+    poisoned_keys = outputs_and_gradients_with_nan(("k", "v"), mask)
+    poisoned_queries = outputs_and_gradients_with_nan(("q",), mask)
+    away_from_keys = torch.ones(256, dtype=torch.bool, device=DEVICE)
+    away_from_keys[96:160] = False
+    away_from_queries = torch.ones(256, dtype=torch.bool, device=DEVICE)
+    away_from_queries[64:128] = False
+    away_from_queries[: 32 if prefix else 0] = False
+    for name in ("out", "q"):
+        assert torch.equal(poisoned_keys[name][away_from_keys], clean[name][away_from_keys]), name
+    for name in ("k", "v"):
+        assert torch.equal(poisoned_queries[name][away_from_queries], clean[name][away_from_queries]), name
+    assert poisoned_keys["out"][POISONED].isnan().all()
+    assert poisoned_queries["k"][POISONED].isnan().all()
+
+
+def test_programs_start_with_the_longest_sequence() -> None:
+    offsets = torch.tensor([0, 3, 3, 90, 100], device=DEVICE)
+    x = torch.zeros(100, 1, 8, device=DEVICE)
+    scale = torch.ones(1, device=DEVICE).expand(100)
+    problem = Problem(x, x, x, scale, None, None, None, None, offsets, None, 90, 0.3, [0, 0, 0, 0])
+    assert sequences_of(problem, 32).order.tolist() == [2, 3, 0, 1]
+
+
+@triton.jit
+def addresses_kernel(events, first, start, head, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    sequence = Sequence(tl.cast(start, tl.int64), 0, 0, head, 0)
+    pointers = row_pointers(events, sequence, first, ROWS, COLUMNS)
+    places = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(out + places, pointers.to(tl.int64) - events.data.to(tl.int64))
+
+
+@pytest.mark.parametrize("event_stride", [4096, LARGEST_EVENT_STRIDE])
+@pytest.mark.parametrize("head_stride", [128, 2**31 - 1, 2**33])
+def test_addresses_beyond_32_bits_are_exact(event_stride: int, head_stride: int) -> None:
+    """In the interpreter an integer that overflows on the way fails, too."""
+    x, out = torch.zeros(1, device=DEVICE), torch.zeros(256, 16, dtype=torch.int64, device=DEVICE)
+    addresses_kernel[(1,)](Events(x, event_stride, head_stride), 1000, 2**30, 7, out, 256, 16)
+    rows, columns = torch.arange(256)[:, None], torch.arange(16)[None, :]
+    elements = (2**30 + 1000 + rows) * event_stride + 7 * head_stride + columns
+    assert torch.equal(out.cpu(), elements * x.element_size())
+
+
+def test_events_too_far_apart_for_32_bits_within_a_tile_are_copied() -> None:
+    x = torch.zeros(1, device=DEVICE).as_strided((1, 2, 1), (LARGEST_EVENT_STRIDE + 1, 0, 1))
+    assert events_of(x).event_stride == 2
 
 
 def test_the_operator_passes_opcheck() -> None:

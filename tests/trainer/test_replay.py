@@ -1,0 +1,97 @@
+"""`ultrarec replay`: a step of a run again, with the very numbers that the run had, and without touching it."""
+
+import contextlib
+import io
+import math
+import re
+from argparse import Namespace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from process_group import run_ranks
+from small_runs import config_of, lines, train_on_ranks
+
+from ultrarec.data.errors import UserError
+from ultrarec.trainer import parallel, replay_command
+from ultrarec.trainer import run as opening
+from ultrarec.trainer.parallel import World
+from ultrarec.trainer.summary import METRICS_FILE
+
+SETTINGS = ("model.dropout=0.3", "checkpoint.every=5", "trainer.max_steps=12")
+
+
+def replayed(out: Path, step: int) -> str:
+    """What the command prints on this rank, in the group that the test has made."""
+
+    @contextlib.contextmanager
+    def joined(config):
+        yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch.device("cpu"))
+
+    shown = io.StringIO()
+    with patch.object(parallel, "join", joined), contextlib.redirect_stdout(shown):
+        replay_command.run(Namespace(run_dir=out, step=step))
+    return shown.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["ranking", "full_softmax", "sampled_softmax"])
+@pytest.mark.parametrize("step", [1, 8])
+def test_a_replayed_step_has_the_numbers_of_the_run_and_names_its_rows(dataset, tmp_path, kind, step):
+    out = tmp_path / "out"
+    run_ranks(train_on_ranks, [(config_of(dataset, kind, *SETTINGS), out)], world_size=2)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    shown, silent = run_ranks(replayed, out, step, world_size=2)
+    assert silent == ""
+    line = lines(out)[step - 1]
+    assert f"step {step}: loss {line['loss']:.6g}, dense gradient norm {line['grad_norm']:.6g}," in shown
+    assert "faults: none" in shown
+    assert "not finite, in the order of computing: 0" in shown
+    rows = [row.split() for row in shown.split("samples by loss")[1].split("gradients by")[0].splitlines()[3:] if row]
+    total = sum(float(row[0]) * int(row[1]) for row in rows)
+    labels = sum(int(row[1]) for row in rows)
+    if len(rows) < 20:  # all are shown
+        assert total / labels == pytest.approx(line["loss"], rel=1e-3)
+    assert [float(row[0]) for row in rows] == sorted((float(row[0]) for row in rows), reverse=True)
+    assert re.search(r"\d  embeddings of 'item'", shown)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def replayed_with_an_infinite_weight(out: Path, step: int) -> tuple[str, str]:
+    take_up, broken = opening._take_up, []
+
+    def break_one(trainable, *args):
+        found = take_up(trainable, *args)
+        name, weight = next(iter(trainable.optimizer.dense.items()))
+        broken.append(name)
+        with torch.no_grad():
+            weight.fill_(math.inf)
+        return found
+
+    with patch.object(opening, "_take_up", break_one):
+        return replayed(out, step), broken[0]
+
+
+def test_what_is_not_finite_is_named_in_the_order_of_computing(dataset, tmp_path):
+    out = tmp_path / "out"
+    run_ranks(train_on_ranks, [(config_of(dataset, "ranking", *SETTINGS), out)], world_size=1)
+    ((shown, name),) = run_ranks(replayed_with_an_infinite_weight, out, 7, world_size=1)
+    assert "faults: rank 0: the loss\n" in shown
+    listed = shown.split("in the order of computing: ")[1].splitlines()[1:]
+    assert listed[0] == f"  rank 0: weight {name}"
+    assert listed[1].startswith("  rank 0: output of model.encoder.")
+
+
+@pytest.mark.parametrize(("step", "said"), [(0, "steps are counted from 1"), (13, "step 13: the run has 12 steps")])
+def test_a_step_that_the_run_does_not_have_is_refused(dataset, tmp_path, step, said):
+    out = tmp_path / "out"
+    run_ranks(train_on_ranks, [(config_of(dataset, "ranking", *SETTINGS), out)], world_size=1)
+    with pytest.raises(RuntimeError, match=said):
+        run_ranks(replayed, out, step, world_size=1)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"is no run folder: it has no config\.toml; check the path"):
+        replay_command.run(Namespace(run_dir=tmp_path, step=1))
+    assert not (tmp_path / METRICS_FILE).exists()
