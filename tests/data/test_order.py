@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from orders import order_of
 
+from ultrarec.data.cost import CostModel
 from ultrarec.data.order import LoaderState, StepSize
 from ultrarec.data.samples import NextItemSampler, RankingSampler, RowCounts
 
