@@ -107,7 +107,7 @@ class Collator:
         times = gathered.column("timestamps")
         is_read = _is_earlier(times, lengths, num_targets) if is_ranking else np.ones(len(times), bool)
         if self.stochastic_length is not None:
-            self._leave_out(self.stochastic_length, step, samples, times, is_read, lengths)
+            self._leave_out(self.stochastic_length, step, samples, times=times, lengths=lengths, is_read=is_read)
         is_read[_ranges(np.cumsum(lengths) - num_targets, num_targets)] = True
         if not is_read.all():
             gathered.keep(is_read)
@@ -122,9 +122,10 @@ class Collator:
         stochastic_length: StochasticLength,
         step: Step,
         samples: Samples,
+        *,
         times: Integers,
-        is_read: Booleans,
         lengths: Integers,
+        is_read: Booleans,
     ) -> None:
         """Of the history events that are read, clear those that are left out of histories that are cut."""
         slices = samples.slices
@@ -141,9 +142,8 @@ class Collator:
             # For next-item the newest event, which asks for the sample's target; for ranking that is a target.
             is_certain=places == ends[sample_of] - 1,
         )
-        is_read[places] = stochastic_length.select(
-            events, keys(self.seed, step.epoch, samples.rows, samples.numbers), slices.kept
-        )
+        sample_keys = keys(self.seed, step.epoch, samples.rows, samples.numbers)
+        is_read[places] = stochastic_length.select(events, sample_keys)
 
     def _feature_ids(self, read: _Read, *, hashed: bool) -> dict[str, Integers]:
         """Ids of the features that are looked up in sharded tables, or of the others: [T] of events, [B] of users."""

@@ -148,6 +148,10 @@ def inclusion(weights):
     return chances
 
 
+def keeping_two(selection):
+    return stochastic_length(max_history=4, alpha=1.01, selection=selection)
+
+
 TIMES = np.array([0, 400, 900, 990, 1000])
 
 
@@ -162,7 +166,7 @@ def test_events_are_drawn_by_their_weights_without_replacement(selection, weight
         samples, np.tile(np.arange(5), num_samples), np.tile(TIMES, num_samples), np.zeros(len(samples), bool)
     )
     sample_keys = keys(0, 0, np.arange(num_samples), np.zeros(num_samples, np.int64))
-    kept = stochastic_length(selection=selection).select(events, sample_keys, np.full(num_samples, 2)).reshape(-1, 5)
+    kept = keeping_two(selection).select(events, sample_keys).reshape(-1, 5)
     assert (kept.sum(1) == 2).all()
     expected = inclusion(weights)
     assert (np.abs(kept.mean(0) - expected) <= 4 * np.sqrt(expected * (1 - expected) / num_samples)).all()
@@ -172,8 +176,7 @@ def test_events_of_one_time_are_equally_likely():
     samples = np.repeat(np.arange(1000), 5)
     events = Events(samples, np.tile(np.arange(5), 1000), np.full(5000, 7), np.zeros(5000, bool))
     sample_keys = keys(0, 0, np.arange(1000), np.zeros(1000, np.int64))
-    selects = [stochastic_length(selection=name) for name in ("random", "time_weighted")]
-    random, weighted = (each.select(events, sample_keys, np.full(1000, 2)) for each in selects)
+    random, weighted = (keeping_two(name).select(events, sample_keys) for name in ("random", "time_weighted"))
     assert (random == weighted).all()
 
 
