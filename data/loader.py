@@ -38,10 +38,10 @@ class Loader:
     """One rank's batches of a split, from `state` to the end of epoch number `epochs` - 1 (None: without end).
 
     All ranks together read each sample of an epoch exactly once, in the same steps on every world size, and every
-    rank takes part in every step. Training is shuffled and sized by `batch_rows`, `batch_tokens` or `batch_cost`;
-    validation and test have a fixed order, take `evaluate_rows`, and know no stochastic length. A step is dealt to the ranks by `cost_model`. Each
-    `iter()` begins at `state` again. A rank decodes its share of the row groups, in `threads` threads, and holds that
-    of one window, and of the next as far as it is due.
+    rank takes part in every step. Training is shuffled, sized by `batch_rows`, `batch_tokens` or `batch_cost`, and cut
+    by `stochastic_length`; validation and test have a fixed order and take `evaluate_rows`. A step is dealt to the
+    ranks by `cost_model`. Each `iter()` begins at `state` again. A rank decodes its share of the row groups, in
+    `threads` threads, and holds that of one window, and of the next as far as it is due.
 
     Raises UserError for a dataset or features that cannot be read, a split without samples to train on, and a state
     beyond the epoch's end.
