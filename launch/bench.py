@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import bench_attention, bench_checkpoint
+from . import bench_attention, bench_checkpoint, bench_loader
 
 SUBJECTS = {
     "attention": (
@@ -15,6 +15,7 @@ SUBJECTS = {
         bench_checkpoint,
         "stall of an asynchronous save, and rates of writing and reading against a plain copy of the same files",
     ),
+    "loader": (bench_loader, "batches of a prepared dataset per second, against a bare scan of its files"),
 }
 
 

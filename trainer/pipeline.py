@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +86,15 @@ class GuardedPipeline(TrainPipelineSparseDist[Batch, Trained]):
         # Gradients are averaged over ranks: times their number, they are those of the mean over the global batch.
         scale = self._world.size / (labels * config.accumulate)
         return loss_sum * scale, Trained(batch, loss_sum.detach())
+
+    def progress(self, dataloader_iter: Iterator[Batch]) -> Trained:
+        """Train the next batch; StopIteration when there is none left."""
+        if self._parallel.module.lookup.collection is not None:
+            return super().progress(dataloader_iter)
+        # Without a sharded table there is nothing to exchange, and TorchRec's tracing does not end at one.
+        loss, trained = self._scaled_loss(next(dataloader_iter).to(self._world.device, non_blocking=True))
+        self._backward(loss)
+        return trained
 
     def wait_sparse_data_dist(self, context: TrainPipelineContext) -> None:
         """Begin the exchange of the next batch's ids, once all ranks have told how many they send."""

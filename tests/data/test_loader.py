@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ultrarec.data import collate
 from ultrarec.data.config import DataConfig, FeatureConfig
 from ultrarec.data.errors import UserError
 from ultrarec.data.loader import Candidates, Loader, LoaderState, NextItemSampler, RankingSampler
@@ -401,3 +402,12 @@ def test_a_ranking_history_holds_all_earlier_events_and_none_of_the_targets_own_
             assert history == times[user][times[user] < target].tolist()
             tied += int((times[user] == target).sum() > 1)
     assert tied > 10
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("sampler", [RANKING, NEXT_ITEM], ids=["ranking", "next_item"])
+def test_long_histories_are_copied_to_the_same_batches_as_short_ones(path, monkeypatch, sampler, split):
+    short = [batch for (batch,) in steps(path, sampler, split=split)]
+    monkeypatch.setattr(collate, "_LONG", 0)
+    for batch, (same,) in zip(short, steps(path, sampler, split=split), strict=True):
+        assert_equal(batch, same)
