@@ -20,10 +20,12 @@ from .batch import Batch
 from .config import FeatureConfig
 from .errors import UserError
 from .faults import Fault, SkippedSample
+from .hashing import keys
 from .memory import Memory
 from .order import Samples, Step
 from .reader import Histories
 from .samples import Candidates, Integers, RankingSampler, Sampler, Split
+from .stochastic_length import Booleans, Events, StochasticLength
 
 _LONG = 200
 """Mean events per sample from which on samples are copied one by one: at 500, five columns take 7.5 ns of CPU per
@@ -38,6 +40,7 @@ class Collator:
     split: Split
     features: Mapping[str, FeatureConfig]
     candidates: Candidates | None
+    stochastic_length: StochasticLength | None
     file_begin: Integers
     """First row of each file, and the number of all rows."""
     seed: int
@@ -53,7 +56,7 @@ class Collator:
     def batch(self, step: Step, num_labels: int, samples: Samples, histories: Mapping[int, Histories]) -> Batch:
         """The batch of the rank that was dealt `samples`; `histories` holds every row group they are read from."""
         samples, skipped = self._without_faults(samples, histories)
-        read = self._read(samples, histories)
+        read = self._read(step, samples, histories)
         lengths = read.lengths if len(samples) else np.zeros(1, np.int64)
         return Batch(
             ids=self._ids(step, lengths, read),
@@ -96,14 +99,51 @@ class Collator:
         ]
         return samples.take(np.flatnonzero(is_fit)), tuple(skipped)
 
-    def _read(self, samples: Samples, histories: Mapping[int, Histories]) -> _Read:
-        slices = samples.slices
-        is_ranking = isinstance(self.sampler, RankingSampler)
-        lengths = (slices.target_end if is_ranking else slices.target_begin) - slices.history_begin
+    def _read(self, step: Step, samples: Samples, histories: Mapping[int, Histories]) -> _Read:
+        slices, is_ranking = samples.slices, isinstance(self.sampler, RankingSampler)
+        num_targets = self.sampler.num_targets(slices)
+        lengths = slices.target_begin - slices.history_begin + num_targets
         gathered = _Gathered(samples, histories, lengths, self.features, self.memory)
+        times = gathered.column("timestamps")
+        is_read = _is_earlier(times, lengths, num_targets) if is_ranking else np.ones(len(times), bool)
+        if self.stochastic_length is not None:
+            self._leave_out(self.stochastic_length, step, samples, times=times, lengths=lengths, is_read=is_read)
+        is_read[_ranges(np.cumsum(lengths) - num_targets, num_targets)] = True
+        if not is_read.all():
+            gathered.keep(is_read)
+            times = times[is_read]
+        events = {name: times if name == "timestamps" else gathered.column(name) for name in gathered.columns}
         if is_ranking:
-            return _read_ranking(gathered, slices.target_end - slices.target_begin, self.features)
-        return _read_next_item(gathered, self.split)
+            return _read_ranking(gathered, events, num_targets, self.features)
+        return _read_next_item(gathered, events, self.split)
+
+    def _leave_out(
+        self,
+        stochastic_length: StochasticLength,
+        step: Step,
+        samples: Samples,
+        *,
+        times: Integers,
+        lengths: Integers,
+        is_read: Booleans,
+    ) -> None:
+        """Of the history events that are read, clear those that are left out of histories that are cut."""
+        slices = samples.slices
+        is_cut = slices.kept < slices.target_begin - slices.history_begin
+        if not is_cut.any():
+            return
+        sample_of = np.repeat(np.arange(len(samples)), lengths)
+        places = np.flatnonzero(is_read & is_cut[sample_of])
+        sample_of, ends = sample_of[places], np.cumsum(lengths)
+        events = Events(
+            samples=sample_of,
+            numbers=places + (slices.history_begin - ends + lengths)[sample_of],
+            times=times[places],
+            # For next-item the newest event, which asks for the sample's target; for ranking that is a target.
+            is_certain=places == ends[sample_of] - 1,
+        )
+        sample_keys = keys(self.seed, step.epoch, samples.rows, samples.numbers)
+        is_read[places] = stochastic_length.select(events, sample_keys)
 
     def _feature_ids(self, read: _Read, *, hashed: bool) -> dict[str, Integers]:
         """Ids of the features that are looked up in sharded tables, or of the others: [T] of events, [B] of users."""
@@ -219,39 +259,41 @@ class _Gathered:
         return self.lengths
 
 
-def _read_ranking(gathered: _Gathered, num_targets: Integers, features: Mapping[str, FeatureConfig]) -> _Read:
-    """The targets without what came of them, and before them the events that are earlier in time."""
-    lengths, times = gathered.lengths, gathered.column("timestamps")
-    first_target = np.cumsum(lengths) - num_targets
-    # Not the events of the target's own time: logs repeat a record under one timestamp, and the repetition in the
-    # history would hand the model the label (in KuaiRand-Pure, one exposure in 26, nine in ten with equal clicks).
-    is_read = times < np.repeat(times[first_target], lengths)
-    is_read[_ranges(first_target, num_targets)] = True
-    if not is_read.all():
-        lengths, times = gathered.keep(is_read), times[is_read]
-    events = {name: times if name == "timestamps" else gathered.column(name) for name in gathered.columns}
-    targets = _ranges(np.cumsum(lengths) - num_targets, num_targets)
+def _is_earlier(times: Integers, lengths: Integers, num_targets: Integers) -> Booleans:
+    """[E] which events are earlier in time than their sample's first target.
+
+    Not the events of the target's own time: logs repeat a record under one timestamp, and the repetition in the history
+    would hand the model the label (in KuaiRand-Pure, one exposure in 26, nine in ten with equal clicks).
+    """
+    return times < np.repeat(times[np.cumsum(lengths) - num_targets], lengths)
+
+
+def _read_ranking(
+    gathered: _Gathered, events: dict[str, Integers], num_targets: Integers, features: Mapping[str, FeatureConfig]
+) -> _Read:
+    """The targets without what came of them, and before them the events of the history."""
+    targets = _ranges(np.cumsum(gathered.lengths) - num_targets, num_targets)
     labels = events["actions"][targets]
     for name in ["actions", *(name for name, feature in features.items() if feature.role == "outcome")]:
         events[name][targets] = 0
     return _Read(
-        lengths=lengths,
+        lengths=gathered.lengths,
         num_targets=num_targets,
         events=events,
         users=gathered.users,
-        query_timestamps=times,
+        query_timestamps=events["timestamps"],
         labels=labels,
         labels_per_sample=num_targets,
     )
 
 
-def _read_next_item(gathered: _Gathered, split: Split) -> _Read:
-    """Of each event that is read, what is asked is its successor."""
+def _read_next_item(gathered: _Gathered, events: dict[str, Integers], split: Split) -> _Read:
+    """Of each event that is read, what is asked is its successor in the log, whether or not that one is read too."""
     lengths, successors = gathered.lengths, gathered.column("items", shift=1)
     return _Read(
         lengths=lengths,
         num_targets=np.zeros_like(lengths),
-        events={name: gathered.column(name) for name in gathered.columns},
+        events=events,
         users=gathered.users,
         query_timestamps=gathered.column("timestamps", shift=1),
         labels=successors if split == "train" else successors[np.cumsum(lengths) - 1],

@@ -38,6 +38,21 @@ class FeatureConfig(BaseModel):
         return self
 
 
+class StochasticLengthConfig(BaseModel):
+    """Training on a part of most long histories (docs/datasets.md); a section that is there turns it on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    alpha: float = Field(gt=1, lt=2)
+    """A history of more than t = max_history^(alpha/2) events stays whole with probability max_history^alpha /
+    length^2, else t of its events are kept. Attention then costs about max_history^alpha per sample."""
+    selection: Literal["recent", "random", "time_weighted"] = "time_weighted"
+    """Which t events: the newest; any; or any, the less likely the longer before the newest one they lie."""
+    balanced: bool = True
+    """Decide for the samples of a step together, so that steps and ranks get equal work; every sample stays whole as
+    often as if it were decided alone."""
+
+
 class DataConfig(BaseModel):
     """The `data` section."""
 
@@ -50,6 +65,8 @@ class DataConfig(BaseModel):
     max_history: int = Field(default=200, gt=0, le=2**20)
     """Newest events of a user that a sample keeps in front of its targets. Ranking reads of them what is earlier than
     the first target: a record that the log repeats under one timestamp would give the label away."""
+    stochastic_length: StochasticLengthConfig | None = None
+    """Cuts long histories in training, and nowhere else."""
     targets_per_sample: int = Field(default=1, gt=0)
     """Ranking, training: consecutive events that share one history. 1 shows each target everything before it;
     more cost less, and hide a sample's own events from each other. Evaluation always uses 1."""

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import FeatureConfig
+from .hashing import mix
 from .samples import Integers
 
 
@@ -38,15 +39,7 @@ def _bucket(feature: FeatureConfig, values: npt.NDArray[Any]) -> Integers:
 
 def _hash(feature: FeatureConfig, values: npt.NDArray[Any]) -> Integers:
     bits = values.astype(np.uint64 if values.dtype.kind == "u" else np.int64).view(np.uint64)
-    return (_mix(bits) % np.uint64(feature.num_values)).astype(np.int64) + 1
-
-
-def _mix(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's output function (Steele et al., OOPSLA 2014): each input bit flips about half of the output's."""
-    bits = bits + np.uint64(0x9E3779B97F4A7C15)
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
+    return (mix(bits) % np.uint64(feature.num_values)).astype(np.int64) + 1
 
 
 _RULES = {"category": _category, "bucket": _bucket, "hash": _hash}

@@ -22,6 +22,7 @@ from .order import LoaderState, Order, Samples, Step, StepSize
 from .prefetch import Prefetcher
 from .reader import Histories, Reader
 from .samples import Candidates, NextItemSampler, RankingSampler, Sampler, Split
+from .stochastic_length import StochasticLength
 from .storage import Storage, load_dataset
 
 __all__ = ["Candidates", "CostModel", "Loader", "LoaderState", "NextItemSampler", "RankingSampler", "Sampler", "Split"]
@@ -37,10 +38,10 @@ class Loader:
     """One rank's batches of a split, from `state` to the end of epoch number `epochs` - 1 (None: without end).
 
     All ranks together read each sample of an epoch exactly once, in the same steps on every world size, and every
-    rank takes part in every step. Training is shuffled and sized by `batch_rows`, `batch_tokens` or `batch_cost`;
-    validation and test have a fixed order and take `evaluate_rows`. A step is dealt to the ranks by `cost_model`. Each
-    `iter()` begins at `state` again. A rank decodes its share of the row groups, in `threads` threads, and holds that
-    of one window, and of the next as far as it is due.
+    rank takes part in every step. Training is shuffled, sized by `batch_rows`, `batch_tokens` or `batch_cost`, and cut
+    by `stochastic_length`; validation and test have a fixed order and take `evaluate_rows`. A step is dealt to the
+    ranks by `cost_model`. Each `iter()` begins at `state` again. A rank decodes its share of the row groups, in
+    `threads` threads, and holds that of one window, and of the next as far as it is due.
 
     Raises UserError for a dataset or features that cannot be read, a split without samples to train on, and a state
     beyond the epoch's end.
@@ -69,12 +70,14 @@ class Loader:
         self._reader = Reader(
             load_dataset(config.path), config.features, storage=storage, memory=memory, bad_data=config.bad_data
         )
-        self._order = _order(config, sampler, split, self._reader, cost_model)
+        stochastic_length = _stochastic_length(config, sampler) if split == "train" else None
+        self._order = _order(config, sampler, split, self._reader, cost_model, stochastic_length)
         self._collator = Collator(
             sampler,
             split,
             config.features,
             candidates,
+            stochastic_length,
             file_begin=self._reader.file_begin,
             seed=config.seed,
             memory=memory,
@@ -228,7 +231,20 @@ class _Shelf:
         return [(share.step.epoch, window, group) for window, group in pairs]
 
 
-def _order(config: DataConfig, sampler: Sampler, split: Split, reader: Reader, cost_model: CostModel) -> Order:
+def _stochastic_length(config: DataConfig, sampler: Sampler) -> StochasticLength | None:
+    if config.stochastic_length is None:
+        return None
+    return StochasticLength(max_history=sampler.max_history, seed=config.seed, **config.stochastic_length.model_dump())
+
+
+def _order(
+    config: DataConfig,
+    sampler: Sampler,
+    split: Split,
+    reader: Reader,
+    cost_model: CostModel,
+    stochastic_length: StochasticLength | None,
+) -> Order:
     is_training = split == "train"
     return Order(
         counts_of=reader.counts_of,
@@ -238,6 +254,7 @@ def _order(config: DataConfig, sampler: Sampler, split: Split, reader: Reader, c
         split=split,
         step_size=_training_size(config) if is_training else StepSize("rows", config.evaluate_rows),
         cost_model=cost_model,
+        stochastic_length=stochastic_length,
         shuffle=is_training,
         groups_per_window=config.shuffle_row_groups,
         seed=config.seed,

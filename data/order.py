@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Literal
 
@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from .cost import UNITS_PER_TOKEN, CostModel
 from .samples import Integers, Numbers, RowCounts, Sampler, Slices, Split
+from .stochastic_length import StochasticLength
 
 _ROW_GROUPS, _SAMPLES = 0, 1
 
@@ -60,7 +61,7 @@ class Samples:
     places: Numbers
     """Cost of what stands in the window before its row, in the order of the dataset, over the cost of the window."""
     costs: Integers
-    """What it costs to train, as `CostModel` counts."""
+    """What it costs to train, as `CostModel` counts; an expectation until its step has been decided."""
     slices: Slices
 
     def __len__(self) -> int:
@@ -152,6 +153,8 @@ class Order:
     split: Split
     step_size: StepSize
     cost_model: CostModel
+    stochastic_length: StochasticLength | None
+    """If set, the sequence and the sizes of steps go by expected tokens and costs; each step then decides."""
     shuffle: bool
     """Mix row groups, and the samples of each; else both keep the order of the dataset."""
     groups_per_window: int
@@ -202,7 +205,22 @@ class Order:
     def _step(self, epoch: int, first_sample: int, samples: Samples) -> Step:
         after = first_sample + len(samples)
         state = LoaderState(epoch, after) if after < self.num_samples else LoaderState(epoch + 1, 0)
-        return Step(epoch, first_sample, samples, state)
+        return Step(epoch, first_sample, self._decided(epoch, samples), state)
+
+    def _decided(self, epoch: int, samples: Samples) -> Samples:
+        """The samples of a step with what stochastic length leaves of their histories, and what they then cost."""
+        if self.stochastic_length is None:
+            return samples
+        targets = self.sampler.num_targets(samples.slices)
+        slices = self.stochastic_length.decide(
+            samples.slices,
+            epoch=epoch,
+            rows=samples.rows,
+            numbers=samples.numbers,
+            places=samples.places,
+            cost_of=lambda history: self.cost_model.units(history, targets),
+        )
+        return replace(samples, slices=slices, costs=self.cost_model.units(slices.kept, targets))
 
     def _window(self, epoch: int, number: int, groups: Integers) -> _Window:
         """The rows of a window, and the sequence of all their samples."""
@@ -238,10 +256,18 @@ class Order:
         index = np.repeat(rows, num_samples[rows])
         numbers = np.arange(len(index)) - np.repeat(np.cumsum(num_samples[rows]) - num_samples[rows], num_samples[rows])
         slices = self.sampler.slices(counts.take(index), numbers, self.split)
-        tokens, targets = self.sampler.num_tokens(slices), self.sampler.num_targets(slices)
-        costs = self.cost_model.units(tokens - targets, targets)
+        tokens, costs = self._expected(slices)
         positions = (np.arange(len(index)) + 0.5) / max(len(index), 1) if random is None else _spread(costs, random)
         return index.astype(np.int32), numbers.astype(np.int32), tokens, costs, positions
+
+    def _expected(self, slices: Slices) -> tuple[Integers, Integers]:
+        """[S] tokens and costs of samples, expected where stochastic length has yet to decide."""
+        targets = self.sampler.num_targets(slices)
+        if self.stochastic_length is None:
+            return slices.kept + targets, self.cost_model.units(slices.kept, targets)
+        tokens = self.stochastic_length.expected(slices.kept, lambda history: history + targets)
+        costs = self.stochastic_length.expected(slices.kept, lambda history: self.cost_model.units(history, targets))
+        return tokens, costs
 
     def _samples(self, window: _Window, begin: int, end: int) -> Samples:
         """Samples `begin` to `end` of the window's sequence."""
@@ -258,7 +284,7 @@ class Order:
 
 
 _NONE = np.zeros(0, np.int64)
-_NO_SAMPLES = Samples(_NONE, _NONE, _NONE, _NONE, np.zeros(0), _NONE, Slices(_NONE, _NONE, _NONE))
+_NO_SAMPLES = Samples(_NONE, _NONE, _NONE, _NONE, np.zeros(0), _NONE, Slices(_NONE, _NONE, _NONE, _NONE))
 
 
 def _spread(costs: Integers, random: np.random.Generator) -> Numbers:

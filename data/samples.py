@@ -48,10 +48,12 @@ class Slices:
     history_begin: Integers
     target_begin: Integers
     target_end: Integers
+    kept: Integers
+    """So many events of the history are read; fewer than all only under stochastic length."""
 
     def take(self, index: Integers | slice) -> Slices:
         """The slices of these samples."""
-        return Slices(self.history_begin[index], self.target_begin[index], self.target_end[index])
+        return Slices(self.history_begin[index], self.target_begin[index], self.target_end[index], self.kept[index])
 
     def followed_by(self, other: Slices) -> Slices:
         """These slices, then the other's."""
@@ -59,6 +61,7 @@ class Slices:
             np.concatenate([self.history_begin, other.history_begin]),
             np.concatenate([self.target_begin, other.target_begin]),
             np.concatenate([self.target_end, other.target_end]),
+            np.concatenate([self.kept, other.kept]),
         )
 
 
@@ -85,7 +88,7 @@ class RankingSampler:
         begin, end = counts.range_of(split)
         target_begin = begin + numbers * self._targets(split)
         target_end = np.minimum(target_begin + self._targets(split), end)
-        return Slices(np.maximum(target_begin - self.max_history, 0), target_begin, target_end)
+        return _with_whole_history(self.max_history, target_begin, target_end)
 
     def num_targets(self, slices: Slices) -> Integers:
         """[S] targets that the model reads."""
@@ -93,7 +96,7 @@ class RankingSampler:
 
     def num_tokens(self, slices: Slices) -> Integers:
         """[S] events that the model reads, history and targets; an upper bound where timestamps tie."""
-        return slices.target_end - slices.history_begin
+        return slices.kept + self.num_targets(slices)
 
     def num_labels(self, slices: Slices, split: Split) -> int:
         """Labels of all these samples."""
@@ -125,7 +128,7 @@ class NextItemSampler:
         """Sample `numbers[s]` of the row that `counts` describes at s; its one target is the newest event."""
         begin, end = counts.range_of(split)
         target_begin = end - 1 if split == "train" else np.maximum(begin, 1) + numbers
-        return Slices(np.maximum(target_begin - self.max_history, 0), target_begin, target_begin + 1)
+        return _with_whole_history(self.max_history, target_begin, target_begin + 1)
 
     def num_targets(self, slices: Slices) -> Integers:
         """[S] targets that the model reads: none, it predicts them from the history alone."""
@@ -133,11 +136,16 @@ class NextItemSampler:
 
     def num_tokens(self, slices: Slices) -> Integers:
         """[S] events that the model reads: the history."""
-        return slices.target_begin - slices.history_begin
+        return slices.kept
 
     def num_labels(self, slices: Slices, split: Split) -> int:
         """Labels of all these samples: one per event read in training, one per sample in evaluation."""
         return int(self.num_tokens(slices).sum()) if split == "train" else len(slices.target_begin)
+
+
+def _with_whole_history(max_history: int, target_begin: Integers, target_end: Integers) -> Slices:
+    history_begin = np.maximum(target_begin - max_history, 0)
+    return Slices(history_begin, target_begin, target_end, target_begin - history_begin)
 
 
 Sampler = RankingSampler | NextItemSampler

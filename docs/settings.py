@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ultrarec.data.config import FeatureConfig
+from ultrarec.data.config import FeatureConfig, StochasticLengthConfig
 from ultrarec.embeddings.config import EmbeddingOptimizerConfig
 from ultrarec.model.config import ChannelConfig, TailConfig
 from ultrarec.trainer.config import Config
@@ -22,7 +22,7 @@ and a bare word is taken as a string. Unknown names and values outside their rul
 This page is written from the code by `python docs/settings.py`.
 """
 NESTED = {
-    "data": {"features.<name>": FeatureConfig},
+    "data": {"features.<name>": FeatureConfig, "stochastic_length": StochasticLengthConfig},
     "embeddings": {"optimizer": EmbeddingOptimizerConfig},
     "model": {"tail": TailConfig, "channels.<name>": ChannelConfig},
 }

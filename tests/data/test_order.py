@@ -3,9 +3,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from orders import order_of
 
 from ultrarec.data.cost import CostModel
-from ultrarec.data.order import LoaderState, Order, StepSize
+from ultrarec.data.order import LoaderState, StepSize
 from ultrarec.data.samples import NextItemSampler, RankingSampler, RowCounts
 
 BY_ROWS, BY_TOKENS, BY_COST = StepSize("rows", 7), StepSize("tokens", 40), StepSize("cost", 60)
@@ -24,24 +25,8 @@ def row_counts():
     return RowCounts(num_events, num_train, np.minimum(num_events - num_train, 1).astype(np.int32))
 
 
-def order_of(counts, group_begin, *, sampler, split="train", step_size=BY_ROWS, cost_model=None, **options):
-    """An order over rows whose counts are at hand."""
-    until = np.concatenate([[0], np.cumsum(sampler.num_samples(counts, split))])
-    return Order(
-        counts_of=lambda groups: counts.take(
-            np.concatenate([np.arange(group_begin[group], group_begin[group + 1]) for group in groups])
-        ),
-        group_begin=group_begin,
-        group_samples=np.diff(until[group_begin]),
-        sampler=sampler,
-        split=split,
-        step_size=step_size,
-        cost_model=cost_model or CostModel(pair=0.1),
-        **{"shuffle": True, "seed": 0, "groups_per_window": 3, **options},
-    )
-
-
 def order(*, sampler=None, **options):
+    options = {"step_size": BY_ROWS, "groups_per_window": 3, **options}
     return order_of(row_counts(), GROUP_BEGIN, sampler=sampler or RankingSampler(5, 2), **options)
 
 
