@@ -1,6 +1,7 @@
 """Preemption, lost ranks and hanging steps, with real signals to real processes under the real torchrun."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from ultrarec.trainer.manifest import complete_checkpoints, step_of
 
 SETTINGS = ("trainer.epochs=40", "model.dropout=0.3", "checkpoint.every=5", "checkpoint.keep_last=2")
 SHORT = ("model.dropout=0.3", "checkpoint.every=5")
-PATIENCE_SECONDS = 90
+PATIENCE_SECONDS = 150
 
 
 @contextmanager
@@ -123,18 +124,20 @@ def test_torchrun_hands_a_signal_to_all_ranks_which_save_the_same_step(dataset, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(480)
 def test_torchrun_restarts_after_a_killed_rank_and_the_run_equals_the_uninterrupted_one(dataset, tmp_path):
     """One rank is killed, later the other is asked to stop: both times all start again and lose nothing."""
     recipe, out, log = write_recipe(dataset, tmp_path, *SHORT, "trainer.epochs=12"), tmp_path / "out", tmp_path / "log"
     with started(torchrun("--max-restarts", "3", recipe=recipe, out=out), log) as process:
         wait_until(lambda: bool(complete_checkpoints(out)), process, log)
         os.kill(rank_pid(process.pid, 1), signal.SIGKILL)
-        wait_until(lambda: log.read_text().count("continuing from") == 1, process, log)
+        wait_until(lambda: "continuing from" in log.read_text(), process, log)
         before = len(steps(out))
         wait_until(lambda: len(steps(out)) > before + 5, process, log)
         os.kill(rank_pid(process.pid, 1), signal.SIGTERM)
         assert process.wait(PATIENCE_SECONDS) == 0, log.read_text()[-3000:]
-    assert log.read_text().count("continuing from") == 2
+    # At least: gloo's first connections may fail on a busy machine, and torchrun then starts all once more.
+    assert log.read_text().count("continuing from") >= 2
     whole = tmp_path / "whole"
     config = config_of(dataset, "ranking", *SHORT, "trainer.epochs=12")
     run_ranks(train_on_ranks, [(config, whole)], world_size=2)
@@ -167,6 +170,8 @@ def test_a_hanging_rank_leaves_the_stacks_of_those_that_wait_for_it(dataset, tmp
         os.kill(stopped, signal.SIGKILL)
         assert process.wait(PATIENCE_SECONDS) != 0
     told = stacks.read_text()
-    assert f"rank 0: no step has finished for 3 s, the last was {steps(out)[-1]}; stacks of all threads in" in told
+    # A step that has finished need not have had its line written when the rank stopped.
+    last = int(re.search(r"rank 0: no step has finished for 3 s, the last was (\d+); stacks of all threads", told)[1])
+    assert steps(out)[-1] <= last <= steps(out)[-1] + 1
     assert "trainer/loop.py" in told
     assert "aborting (trainer.watchdog_seconds)" in log.read_text()
