@@ -111,7 +111,7 @@ def _lines(planned: Estimate) -> list[str]:
         f"over {planned.ranks} rank(s)",
         f"dense weights   {planned.dense_parameters:,}",
         "",
-        f"{'table':<16} {'rows':>15} {'columns':>8}  {'sharding':<14} {'kernel':<10} {'ranks':>5} {'largest GiB':>12}",
+        f"{'table':<16} {'rows':>15} {'columns':>8}  {'sharding':<14} {'kernel':<18} {'ranks':>5} {'largest GiB':>12}",
         *(_table_line(table, planned.ranks) for table in planned.tables),
         "",
         "memory of the fullest rank, GiB",
@@ -140,6 +140,6 @@ def _table_line(table: Table, ranks: int) -> str:
     sizes = [4 * shard.rows * shard.columns for shard in table.shards] or [4 * table.rows * table.columns]
     holders = len({shard.rank for shard in table.shards}) or ranks
     return (
-        f"{table.name:<16} {table.rows:>15,} {table.columns:>8}  {table.sharding:<14} {table.kernel:<10} "
+        f"{table.name:<16} {table.rows:>15,} {table.columns:>8}  {table.sharding:<14} {table.kernel:<18} "
         f"{holders:>5} {max(sizes) / 2**30:>12.3f}"
     )
