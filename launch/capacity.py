@@ -334,11 +334,13 @@ def _bytes_moved(
 ) -> float:
     """Bytes that the busiest rank's memory reads and writes in a step.
 
-    Tables: each row looked up is read, and read and written by its update, 12 per value. AdamW reads four and writes
-    three arrays, 28 P. Activations, encoders and vectors are written once and read once.
+    Tables: each row looked up is read, and read and written by its update, 12 per value. Of a
+    replicated table all rows are: eleven passes over its sums, 44 per value. AdamW reads four and writes three arrays,
+    28 P. Activations, encoders and vectors are written once and read once.
     """
     kept = sum(memory.get(name, 0.0) for name in ("activations", "token encoders", "looked-up vectors"))
-    per_batch = 12.0 * _busiest([table for table in tables if table.shards], ranks) + 2 * kept
+    replicated = sum(t.rows * (t.columns + 1) for t in tables if not t.shards)
+    per_batch = 12.0 * _busiest([table for table in tables if table.shards], ranks) + 44.0 * replicated + 2 * kept
     return per_batch * config.trainer.accumulate + 28.0 * parameters
 
 
