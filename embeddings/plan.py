@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +28,10 @@ OPTIMIZERS = {"rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "adam": Emb
 PLANNED = [ShardingType.ROW_WISE, ShardingType.TABLE_WISE]
 RESERVED_SHARE = 0.15
 """Part of a device's memory that the planner leaves to activations and the dense model."""
+
+
+class DoesNotFit(UserError):
+    """The planner finds no place for the tables on these ranks."""
 
 
 def fused_params(config: EmbeddingOptimizerConfig) -> dict[str, Any]:
@@ -53,22 +59,58 @@ def make_plan(
         UserError: `embeddings.sharding` names a table that does not exist or cannot be placed so, or the tables do not
             fit.
     """
+    planner, sharder = _planner(module, config, _topology(config, device))
+    if planner is None:
+        return ShardingPlan({}), sharder
+    with _naming_the_remedy(dist.get_world_size()):
+        return planner.collective_plan(module, [sharder], dist.group.WORLD), sharder
+
+
+def plan_for(module: nn.Module, config: EmbeddingsConfig, *, nodes: int, procs: int, memory_bytes: int) -> ShardingPlan:
+    """The plan that `make_plan` would make on `nodes` of `procs` GPUs with so much memory each; no group is needed.
+
+    Raises:
+        DoesNotFit: the tables do not fit.
+        UserError: as `make_plan`.
+    """
+    if config.hbm_gib is not None:
+        memory_bytes = int(config.hbm_gib * 2**30)
+    topology = TopologyFactory.create_topology(
+        TrainerConfig(world_size=nodes * procs, local_world_size=procs, hbm_cap_bytes=memory_bytes),
+        kernel_config=KernelConfig(compute_device="cuda"),
+    )
+    planner, sharder = _planner(module, config, topology)
+    if planner is None:
+        return ShardingPlan({})
+    with _naming_the_remedy(nodes * procs):
+        return planner.plan(module, [sharder])
+
+
+def _planner(
+    module: nn.Module, config: EmbeddingsConfig, topology: Topology
+) -> tuple[EmbeddingShardingPlanner | None, EmbeddingCollectionSharder]:
+    """What plans the tables inside `module`, None if there are none; and what shards them."""
     sharder = EmbeddingCollectionSharder(fused_params=fused_params(config.optimizer))
     names = [table.name for m in module.modules() for table in getattr(m, "embedding_configs", list)()]
     _check_names(config, [*names, *(table for m in module.modules() for table in getattr(m, "table_of", {}).values())])
     if not names:
-        return ShardingPlan({}), sharder
+        return None, sharder
     planner = EmbeddingShardingPlanner(
-        topology=_topology(config, device),
+        topology=topology,
         constraints={name: _constraints(config.sharding.get(name, "auto")) for name in names},
         storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED_SHARE),
     )
+    return planner, sharder
+
+
+@contextmanager
+def _naming_the_remedy(world_size: int) -> Iterator[None]:
     try:
-        return planner.collective_plan(module, [sharder], dist.group.WORLD), sharder
+        yield
     except Exception as error:  # the planner's PlannerError carries a page of figures; keep its first line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
-        raise UserError(
-            f"no sharding plan fits {dist.get_world_size()} rank(s): {reason}; "
+        raise DoesNotFit(
+            f"no sharding plan fits {world_size} rank(s): {reason}; "
             "add ranks, lower embeddings.dim, or change embeddings.sharding / embeddings.hbm_gib"
         ) from error
 

@@ -68,6 +68,14 @@ def launch(parser: argparse.ArgumentParser) -> Run:
     return launcher.run
 
 
+def plan(parser: argparse.ArgumentParser) -> Run:
+    """What a recipe would need of GPUs."""
+    from . import plan_command
+
+    plan_command.add_arguments(parser)
+    return plan_command.run
+
+
 def checkpoint(parser: argparse.ArgumentParser) -> Run:
     """Look at checkpoints."""
     from ..trainer import checkpoint_command
@@ -156,6 +164,14 @@ The same number of processes as the run had gives the same numbers, bit for bit.
   ultrarec launch hstu_kuairand_sample --scheduler local_cwd -j 1x2
   ultrarec launch my_run.toml --scheduler slurm -j 4x8 --scheduler-arg partition=gpu --out /shared/runs/my_run
   ultrarec launch hstu_kuairand_1k --scheduler kubernetes -j 2x8 --dryrun""",
+    ),
+    "plan": Command(
+        plan,
+        "say whether a recipe fits GPUs that are not there, and what would limit its steps",
+        """\
+  ultrarec plan hstu_kuairand_1k -j 2x8 --gpu h100
+  ultrarec plan hstu_dlrmv3 -j 8x8 --gpu h200 --items 1000000000 --mean-length 8000
+Exit code 1: it does not fit.""",
     ),
     "checkpoint": Command(
         checkpoint,

@@ -10,15 +10,21 @@ multiply q and k again (arXiv 2205.14135, section 3.1), as fused implementations
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 from ..kernels import AttentionMask
 from .config import ModelConfig, ObjectiveConfig
 from .inputs import ACTION_DIM
 from .sequences import Limits
+
+Count = int | npt.NDArray[np.integer[Any]]
+"""A number of tokens, or those of many samples at once, [S]; what is computed from it has the same shape."""
+Amount = float | npt.NDArray[np.floating[Any]]
 
 STATISTICS_BYTES = 4
 """Of one mean or deviation, kept in float32."""
@@ -28,11 +34,11 @@ STATISTICS_BYTES = 4
 class Flops:
     """Floating point operations of a forward pass, and of the backward pass after it."""
 
-    forward: float = 0.0
-    backward: float = 0.0
+    forward: Amount = 0.0
+    backward: Amount = 0.0
 
     @property
-    def train(self) -> float:
+    def train(self) -> Amount:
         """Both passes."""
         return self.forward + self.backward
 
@@ -45,22 +51,22 @@ class Flops:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """How many tokens of each kind a sample has."""
+    """How many tokens of each kind a sample has; or many samples, [S] of each count that differs between them."""
 
     contextual: int = 0
-    history: int
-    targets: int = 0
+    history: Count
+    targets: Count = 0
     tokens_per_event: int = 1
     """How many tokens of the history an event is."""
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> Count:
         """T."""
         return self.contextual + self.history + self.targets
 
     def newest(self, num_events: int) -> Sample:
         """This sample cut to the newest `num_events` events of its history."""
-        return dataclasses.replace(self, history=min(self.history, num_events * self.tokens_per_event))
+        return dataclasses.replace(self, history=np.minimum(self.history, num_events * self.tokens_per_event))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,43 +81,43 @@ class Inputs:
     """Items that each prediction of the next item is compared with."""
 
 
-def matmul(rows: float, num_inputs: float, num_outputs: float) -> Flops:
+def matmul(rows: Amount | Count, num_inputs: float, num_outputs: float) -> Flops:
     """A product of [rows, inputs] with [inputs, outputs]; backward, one such product for each of the two."""
     product = 2.0 * rows * num_inputs * num_outputs
     return Flops(product, 2 * product)
 
 
-def attention(pairs: float, config: ModelConfig) -> Flops:
+def attention(pairs: Amount | Count, config: ModelConfig) -> Flops:
     """Scores and weighted values of all heads; backward, the scores again and the gradients of q, k, v and weights."""
     forward = 2.0 * pairs * config.num_heads * (config.qk_dim + config.value_dim)
     return Flops(forward, 2.0 * pairs * config.num_heads * (3 * config.qk_dim + 2 * config.value_dim))
 
 
-def visible_pairs(mask: AttentionMask, sample: Sample) -> int:
-    """How many (query, key) pairs of a sample the mask lets through."""
-    front = mask.num_contextual
-    length = sample.tokens
-    end = mask.history_end(length, sample.targets)
-    position = torch.arange(length)
-    ids = mask.ids(position, torch.tensor(end))
-    # Of the keys before a query, those of id 0 may be several contextual tokens, each other id is one token.
-    before = torch.where(ids > 0, ids + max(front - 1, 0), 0)
-    seen = before
+def visible_pairs(mask: AttentionMask, sample: Sample) -> Count:
+    """How many (query, key) pairs of a sample the mask lets through, in closed form.
+
+    Before the targets stand L tokens: F of id 0, which see all L (F = 0: the first has id 0, and sees itself), then
+    those of ids 1, 2, …. Each sees all before it and itself, which is what the triangles count; with a window, all but
+    the newest `full_tail` lose what lies further back, except for the oldest that `prefix` keeps.
+    """
+    before, front = sample.contextual + sample.history, mask.num_contextual
+    pairs = front * before + _triangle(before) - _triangle(front)
+    seen_by_target = before
     if mask.window:
-        beyond = (before - mask.window).clamp(min=0).where(ids > mask.window, torch.zeros_like(before))
-        seen = before - beyond
-        if mask.prefix:
-            seen = seen + torch.minimum(beyond, torch.tensor(max(mask.prefix, front)))
-            seen = torch.where(ids == end, before, seen)
-        if mask.full_tail:
-            seen = torch.where(ids >= end - mask.full_tail, before, seen)
-    itself = torch.ones_like(seen)
-    if front:
-        is_front = ids == 0
-        history = length - sample.targets
-        seen = torch.where(is_front, history, seen)
-        itself = torch.where(is_front & (position < history), 0, itself)
-    return int((seen + itself).sum())
+        last_id = before - max(front, 1)
+        losing = np.maximum(last_id - mask.full_tail - mask.window, 0)
+        kept = max(mask.prefix, front) if mask.prefix else 0
+        spared = max(front, 1) - 1 - kept
+        pairs = pairs - (_triangle(losing + spared) - _triangle(spared))
+        if not (mask.full_tail or mask.prefix):
+            seen_by_target = np.where(last_id + 1 > mask.window, mask.window, before)
+    return pairs + sample.targets * (seen_by_target + 1)
+
+
+def _triangle(number: Count) -> Count:
+    """1 + 2 + … + number; 0 for negative numbers."""
+    positive = np.maximum(number, 0)
+    return positive * (positive + 1) // 2
 
 
 def in_tokens(config: ModelConfig, sample: Sample) -> Sample:
@@ -124,10 +130,11 @@ def in_tokens(config: ModelConfig, sample: Sample) -> Sample:
 def backbone_flops(config: ModelConfig, sample: Sample, *, context_sees_history: bool = True) -> Flops:
     """The backbone's operations on one sample; tokens in to tokens out."""
     sample = in_tokens(config, sample)
+    # Only asked for masks, in which no length stands.
     limits = Limits(
         num_contextual=sample.contextual,
-        max_history=sample.history,
-        max_targets=sample.targets,
+        max_history=0,
+        max_targets=0,
         context_sees_history=context_sees_history,
     )
     return BACKBONE_FLOPS[config.backbone](config, sample, limits)
@@ -148,11 +155,16 @@ def _hstu(config: ModelConfig, sample: Sample, limits: Limits) -> Flops:
 def _mixture(config: ModelConfig, sample: Sample, limits: Limits) -> Flops:
     """Every channel full; a sample with fewer events of a channel costs less."""
     total = matmul(sample.targets, len(config.channels) * config.width, config.width)
+    for stack, num_events in _stacks(config):
+        total += _hstu(stack, sample.newest(num_events), limits)
+    return total
+
+
+def _stacks(config: ModelConfig) -> Iterator[tuple[ModelConfig, int]]:
+    """Of every channel, its stack and the events that it may read."""
     for channel in config.channels.values():
         layers = config.num_layers if channel.num_layers is None else channel.num_layers
-        stack = config.model_copy(update={"channels": {}, "num_layers": layers})
-        total += _hstu(stack, sample.newest(channel.num_events), limits)
-    return total
+        yield config.model_copy(update={"channels": {}, "num_layers": layers}), channel.num_events
 
 
 def _hstu_layer(config: ModelConfig, sample: Sample, mask: AttentionMask) -> Flops:
@@ -265,16 +277,19 @@ def _next_item(model: ModelConfig, sample: Sample, inputs: Inputs) -> Flops:
     return project + matmul(sample.history, width, inputs.num_candidates)
 
 
-def hstu_activation_bytes(config: ModelConfig, sample: Sample, *, bytes_per_value: int = 4) -> int:
-    """What HSTU's layers keep of one sample for the backward pass, in bytes.
+def hstu_activation_bytes(config: ModelConfig, sample: Sample, *, bytes_per_value: int = 4) -> Count:
+    """What HSTU's layers keep of one sample for the backward pass, in bytes; of channels, each as many as it may read.
 
     The residual stream is float32; u, v, q, k and the attention are of `bytes_per_value` (2 under bfloat16).
     """
+    if config.channels:
+        stacks = [(stack, sample.newest(num_events)) for stack, num_events in _stacks(config)]
+        return sum(hstu_activation_bytes(*each, bytes_per_value=bytes_per_value) for each in stacks)
     sample = in_tokens(config, sample)
-    lengths = [sample.tokens] * config.num_layers
+    lengths = sample.tokens * config.num_layers
     if config.tail is not None:
-        lengths += [sample.newest(config.tail.num_events).tokens] * config.tail.num_layers
-    return sum(lengths) * _kept_per_token(config, bytes_per_value)
+        lengths = lengths + sample.newest(config.tail.num_events).tokens * config.tail.num_layers
+    return lengths * _kept_per_token(config, bytes_per_value)
 
 
 def _kept_per_token(config: ModelConfig, bytes_per_value: int) -> int:

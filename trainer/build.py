@@ -19,7 +19,7 @@ from ..data.storage import load_dataset as load_info
 from ..embeddings.lookup import Lookup, init_tables
 from ..embeddings.plan import describe_plan, make_plan
 from ..embeddings.tables import build_tables
-from ..model.config import ModelConfig
+from ..model.config import ModelConfig, ObjectiveConfig
 from ..model.recommender import NextItemModel, NextItemOutput, RankingModel, RankingOutput, build_model
 from .config import Config
 from .cut import Cut
@@ -49,16 +49,15 @@ class Sharded:
     plan: str
 
 
-def candidates_of(config: Config, info: DatasetInfo) -> Candidates | None:
+def candidates_of(objective: ObjectiveConfig, num_items: int) -> Candidates | None:
     """What the next-item loss compares the next item with; None for ranking."""
-    objective = config.objective
     if objective.kind == "ranking":
         return None
-    small = info.num_items <= objective.full_softmax_items
+    small = num_items <= objective.full_softmax_items
     full = objective.loss == "full_softmax" or (objective.loss == "auto" and small)
     if full:
-        return Candidates(kind="catalogue", num_items=info.num_items)
-    return Candidates(kind="sampled", num_items=info.num_items, num_negatives=objective.num_negatives)
+        return Candidates(kind="catalogue", num_items=num_items)
+    return Candidates(kind="sampled", num_items=num_items, num_negatives=objective.num_negatives)
 
 
 def build_loader(
@@ -66,41 +65,63 @@ def build_loader(
 ) -> Loader:
     """Batches of one split for this rank: shuffled epochs of the training split, one ordered pass of the others."""
     data = config.data
-    sampler = (
-        RankingSampler(data.max_history, data.targets_per_sample)
-        if config.objective.kind == "ranking"
-        else NextItemSampler(data.max_history)
-    )
     return Loader(
         data,
-        sampler,
+        sampler_of(config),
         split=split,
         rank=world.rank,
         world_size=world.size,
         epochs=config.trainer.epochs if split == "train" else 1,
         state=state or LoaderState(),
         pin_memory=world.device.type == "cuda",
-        candidates=candidates_of(config, info),
+        candidates=candidates_of(config.objective, info.num_items),
         cost_model=cost_model_of(config.model),
     )
+
+
+def sampler_of(config: Config) -> RankingSampler | NextItemSampler:
+    """What cuts users' histories into samples."""
+    data = config.data
+    if config.objective.kind == "ranking":
+        return RankingSampler(data.max_history, data.targets_per_sample)
+    return NextItemSampler(data.max_history)
 
 
 def cost_model_of(model: ModelConfig) -> CostModel:
     """Training FLOPs of a (query, key) pair over those of a token's projections, of the stack as a whole.
 
     Per head, a pair takes two products of width qk_dim or value_dim forward and five backward, 2 * (4 qk_dim + 3
-    value_dim) FLOPs; each weight of the projections takes 6 per token.
+    value_dim) FLOPs; each weight of the projections takes 6 per token. Of interleaved events, which are two tokens,
+    windows hold half as many. Further layers of a tail count as if they were more of the others.
     """
+    per_event = 2 if model.tokens == "interleaved" else 1
     inner = model.num_heads * model.value_dim
     projected = model.width * model.num_heads * (2 * model.qk_dim + 2 * model.value_dim)
     projected += (3 if model.gating == "concat" else 1) * inner * model.width
-    return CostModel(pair=2 * model.num_heads * (4 * model.qk_dim + 3 * model.value_dim) / (6 * projected))
+    return CostModel(
+        pair=per_event * 2 * model.num_heads * (4 * model.qk_dim + 3 * model.value_dim) / (6 * projected),
+        window=-(-model.window // per_event),
+        full=-(-(model.full_tail + model.prefix) // per_event),
+    )
 
 
 def build_recommender(config: Config, info: DatasetInfo) -> Recommender:
     """The whole model with tables on the meta device, its dense weights drawn from `trainer.seed`."""
+    popularity = item_shares(info) if config.objective.num_in_batch else None
+    return recommender_of(config, num_items=info.num_items, actions=info.roles.actions, popularity=popularity)
+
+
+def recommender_of(
+    config: Config, *, num_items: int, actions: tuple[str, ...], popularity: Tensor | None
+) -> Recommender:
+    """As `build_recommender`, of what the dataset says.
+
+    Args:
+        actions: the dataset's, in the order of their bits.
+        popularity: [items + 1] share of the training events, where `objective.num_in_batch` asks for it.
+    """
     features = config.data.features
-    candidates = candidates_of(config, info)
+    candidates = candidates_of(config.objective, num_items)
     item_keys: tuple[str, ...] = ("item",)
     if candidates is not None:
         item_keys += ("positive", "candidate") if candidates.kind == "sampled" else ("candidate",)
@@ -110,15 +131,15 @@ def build_recommender(config: Config, info: DatasetInfo) -> Recommender:
             config.model,
             config.objective,
             features=dict(features),
-            actions=info.roles.actions,
+            actions=actions,
             embedding_dim=config.embeddings.dim,
             max_history=config.data.max_history,
             max_targets=config.data.targets_per_sample if config.objective.kind == "ranking" else 0,
-            popularity=item_shares(info) if config.objective.num_in_batch else None,
+            popularity=popularity,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    tables = build_tables(config.embeddings, num_items=info.num_items, features=features, item_keys=item_keys)
+    tables = build_tables(config.embeddings, num_items=num_items, features=features, item_keys=item_keys)
     return Recommender(Lookup(tables, config.embeddings), model)
 
 

@@ -23,6 +23,7 @@ from .saver import Saver
 from .signals import StopRequested
 from .state import TrainState, Window
 from .step import Step, train_step
+from .throughput import Throughput
 from .timing import Stragglers, Timer, metrics_of, over_ranks
 from .watchdog import Watchdog
 
@@ -55,6 +56,7 @@ class Run:
     reporter: Reporter
     audit: Audit | None
     timer: Timer
+    throughput: Throughput
     watchdog: Watchdog
     saver: Saver
     skips: SkipLog
@@ -110,6 +112,7 @@ def record(run: Run, step: Step) -> None:
         state.window.add(loss_sum=trained.loss_sum, labels=batch.labels.numel())
         run.meter.samples += len(batch.samples)
         run.meter.tokens += batch.timestamps.numel()
+        run.throughput.add(batch)
     if run.audit is not None:
         skipped = [consumed.batch.samples for consumed in step.consumed if not consumed.verdict.is_good]
         samples = [consumed.batch.samples for consumed in step.consumed]
@@ -125,7 +128,8 @@ def log(run: Run, step: Step) -> None:
     """Write a line about the steps since the last one, over all ranks."""
     loss_sum, labels = sum_over_ranks(run.state.window.totals()).tolist()
     meter = run.meter
-    samples, tokens, skipped = sum_over_ranks(torch.tensor([meter.samples, meter.tokens, meter.skipped])).tolist()
+    counted = [meter.samples, meter.tokens, meter.skipped, run.throughput.read()]
+    samples, tokens, skipped, flops = sum_over_ranks(torch.tensor(counted, dtype=torch.float64)).tolist()
     seconds = time.monotonic() - run.meter.start
     per_rank = over_ranks(run.timer.read(), steps=run.meter.steps)
     run.reporter.write(
@@ -138,6 +142,7 @@ def log(run: Run, step: Step) -> None:
             "grad_norm": float(step.gradient_norm),
             "tokens_per_second": tokens / seconds,
             "samples_per_second": samples / seconds,
+            **run.throughput.metrics(flops, seconds, num_ranks=run.world.size),
             "skipped_batches": run.state.health.skipped,
             **metrics_of(per_rank),
             **({"failed_saves": run.saver.failures} if run.saver.failures else {}),

@@ -24,6 +24,7 @@ from .saver import Saver
 from .signals import StopRequest
 from .state import TrainState
 from .storage import Location, checkpoint_home, location
+from .throughput import Throughput
 from .timing import Timer
 from .unpipelined import Unpipelined
 from .watchdog import Watchdog
@@ -100,6 +101,9 @@ def assemble(
             audit=audit,
             skips=skips,
             timer=timer,
+            throughput=Throughput(
+                config, num_items=info.num_items, num_actions=len(info.roles.actions), device=world.device
+            ),
             watchdog=watchdog,
             saver=saver,
         )

@@ -1,0 +1,145 @@
+"""`ultrarec plan` against figures computed by hand."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from small_runs import config_of, make_dataset
+
+from ultrarec.data.preparation.statistics import LengthCounter
+from ultrarec.launch import cli
+from ultrarec.launch.workload import Catalogue, catalogue_of, workload_of
+from ultrarec.model.config import ModelConfig
+from ultrarec.model.flops import Sample, visible_pairs
+from ultrarec.model.sequences import Limits
+from ultrarec.trainer.build import build_loader, cost_model_of, load_dataset
+from ultrarec.trainer.config import load_config
+from ultrarec.trainer.parallel import World
+
+ITEMS = 1_000_000
+KUAIRAND = ("hstu_kuairand_27k", "-j", "2x4", "--gpu", "h100", "--items", str(ITEMS), "--mean-length", "5000")
+
+
+def plan(capsys, *argv):
+    code = cli.main(["plan", *argv])
+    return code, capsys.readouterr()
+
+
+def plan_json(capsys, *argv):
+    _, printed = plan(capsys, *argv, "--json")
+    return json.loads(printed.out)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("prepared") / "dataset")
+
+
+def test_tables_and_traffic_are_those_computed_by_hand(capsys):
+    settings = ("--set", "embeddings.sharding={item='row_wise', user_id='row_wise'}")
+    planned = plan_json(capsys, *KUAIRAND, *settings)
+    item_rows, user_rows = math.ceil((ITEMS + 1) / 8), math.ceil(50_001 / 8)
+    assert planned["memory"]["tables"] == (item_rows + user_rows) * 128 * 4
+    assert planned["memory"]["tables' optimizer"] == (item_rows + user_rows) * 4
+    assert planned["memory"]["dense optimizer"] == 2 * 4 * planned["dense_parameters"]
+    assert planned["communication"]["dense gradients"] == 2 * 7 / 8 * 4 * planned["dense_parameters"]
+    # One id per event of the item table, one per sample of the users'.
+    ids = planned["tokens"] / 8 + planned["samples"] / 8
+    assert planned["communication"]["ids"] == pytest.approx(7 / 8 * 8 * ids)
+    assert planned["communication"]["vectors"] == pytest.approx(7 / 8 * 4 * 128 * ids, rel=1e-3)
+
+
+def test_dense_parameters_are_those_counted_by_hand(capsys):
+    planned = plan_json(capsys, "sasrec_ml1m", "-j", "1x1", "--gpu", "a100", "--items", "3706", "--mean-length", "163")
+    width = 50
+    norms, attention, feed_forward = 2 * 2 * width, 4 * width * (width + 1), 2 * width * (width + 1)
+    assert planned["dense_parameters"] == 2 * (norms + attention + feed_forward) + 200 * width
+    assert planned["communication"]["dense gradients"] == 0
+    assert "activations" not in planned["memory"]
+
+
+def test_the_owner_of_a_whole_table_sends_for_all(capsys):
+    placed = [f"embeddings.sharding={{item='{kind}', user_id='row_wise'}}" for kind in ("row_wise", "table_wise")]
+    spread, owned = (plan_json(capsys, *KUAIRAND, "--set", setting)["communication"] for setting in placed)
+    assert owned["vectors"] == pytest.approx(8 * spread["vectors"], rel=1e-3)
+    assert owned["ids"] == spread["ids"]
+
+
+def test_a_replicated_table_is_summed_and_not_exchanged(capsys):
+    placed = "embeddings.sharding={item='row_wise', user_id='data_parallel'}"
+    planned = plan_json(capsys, *KUAIRAND, "--set", placed)
+    assert planned["communication"]["replicated tables"] == 2 * 7 / 8 * 4 * 50_001 * 129
+    assert planned["communication"]["ids"] == pytest.approx(7 / 8 * 8 * planned["tokens"] / 8)
+
+
+@pytest.mark.parametrize(("items", "why"), [(4_000_000_000, "no sharding plan fits"), (66_000_000, "host memory")])
+def test_a_table_too_large_for_the_gpus_ends_with_1_and_says_so(capsys, items, why):
+    argv = ("hstu_dlrmv3", "-j", "1x2", "--gpu", "h100", "--items", str(items), "--mean-length", "100")
+    code, printed = plan(capsys, *argv)
+    assert code == 1
+    assert f"does not fit: {'' if 'plan' in why else 'the planner puts table '}" in printed.out
+    assert why in printed.out
+    assert plan_json(capsys, *argv)["fits"] is False
+
+
+def test_activations_that_do_not_fit_end_with_1(capsys):
+    code, printed = plan(capsys, *KUAIRAND, "--set", "data.batch_tokens=100000000")
+    assert code == 1
+    assert "GiB needed on the fullest rank" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--items", "10"], "give both"),
+        (["--items", "0", "--mean-length", "5"], "both count from 1"),
+        (["-j", "2*8"], "expected NODESxPROCS"),
+        (["--set", "data.path=nowhere"], "give --items N and --mean-length L"),
+        (["--items", "9", "--mean-length", "1"], "no user has enough training events"),
+        (["--items", "9", "--mean-length", "9", "--set", "embeddings.sharding.shop=row_wise"], "tables of this run"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_message(capsys, argv, message):
+    code, printed = plan(capsys, "hstu_ml20m", "--gpu", "h100", *argv)
+    assert code == 2
+    assert printed.err.startswith("error: ")
+    assert message in printed.err
+
+
+def test_a_prepared_dataset_gives_about_the_samples_that_training_reads(dataset):
+    config = config_of(dataset, "ranking", "data.targets_per_sample=3")
+    info, counter = load_dataset(config), LengthCounter()
+    for path in dataset.glob("histories/*.parquet"):
+        counter.add(pq.read_table(path, columns=["num_events"])["num_events"].to_numpy())
+    work = workload_of(config, catalogue_of(dataclasses.replace(info, lengths=counter.summary())))
+    batches = list(build_loader(config, info, World(0, 1, torch.device("cpu")), split="train"))
+    read = sum(batch.timestamps.numel() for batch in batches) / sum(len(batch.samples) for batch in batches)
+    assert work.mean(work.history + work.targets) == pytest.approx(read, rel=0.1)
+
+
+def test_a_dataset_of_an_older_version_is_told_what_it_lacks(dataset, capsys):
+    config_of(dataset, "ranking")
+    code, printed = plan(capsys, str(dataset.parent / "ranking.toml"), "--gpu", "h100", "--set", "data.batch_rows=24")
+    assert code == 2
+    assert "before datasets held their lengths" in printed.err
+
+
+def test_operations_are_the_mean_over_lengths_not_those_of_the_mean_length():
+    config = load_config("hstu_ml20m")
+    catalogue = Catalogue(num_items=9, actions=(), lengths=np.array([11, 101]), users=np.array([3.0, 1.0]))
+    work = workload_of(config, catalogue)
+    assert (work.history.tolist(), work.samples) == ([10, 100], 128)
+    assert work.mean(work.history**2) == 0.75 * 10**2 + 0.25 * 100**2
+
+
+@pytest.mark.parametrize("local", [{}, {"window": 8, "full_tail": 4}, {"window": 8, "prefix": 4}])
+def test_the_loader_deals_by_the_pairs_of_the_models_mask(local):
+    config = ModelConfig(width=16, num_layers=1, **local)
+    history, targets = np.arange(40), np.full(40, 3)
+    mask = Limits(num_contextual=0, max_history=0, max_targets=0, context_sees_history=True).mask(**local)
+    expected = visible_pairs(mask, Sample(history=history, targets=targets))
+    assert cost_model_of(config).pairs(history, targets).tolist() == expected.tolist()

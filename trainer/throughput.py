@@ -1,0 +1,75 @@
+"""Operations of the model on the samples of a run: how many per second, and which share of the device's peak."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.batch import Batch
+from ..data.samples import Integers
+from ..model.flops import Flops, Inputs, Sample, sample_flops
+from .build import candidates_of
+from .config import Config
+from .devices import device_called
+
+
+def samples_flops(config: Config, *, history: Integers, targets: Integers, num_items: int, num_actions: int) -> Flops:
+    """Operations of a recipe's model on each of S samples; `history` and `targets` are [S] numbers of events."""
+    roles = [feature.role for feature in config.data.features.values()]
+    candidates = candidates_of(config.objective, num_items)
+    num_candidates = 0
+    if candidates is not None:
+        sampled = config.objective.num_negatives + config.objective.num_in_batch
+        num_candidates = num_items if candidates.kind == "catalogue" else sampled
+    inputs = Inputs(
+        embedding_dim=config.embeddings.dim,
+        num_actions=num_actions,
+        num_event_features=roles.count("event"),
+        num_outcomes=roles.count("outcome"),
+        num_candidates=num_candidates,
+    )
+    sample = Sample(contextual=roles.count("user"), history=history, targets=targets)
+    return sample_flops(config.model, config.objective, sample, inputs)
+
+
+class Throughput:
+    """Counts what this rank has trained since the last reading, sample by sample.
+
+    A batch's lengths stay on the device until then: reading them would stop the host in every step. What is computed
+    twice to save memory (`model.rematerialize`) counts once: it is no progress.
+    """
+
+    def __init__(self, config: Config, *, num_items: int, num_actions: int, device: torch.device) -> None:
+        once = config.model.model_copy(update={"rematerialize": False})
+        self._config = config.model_copy(update={"model": once})
+        self._num_items, self._num_actions = num_items, num_actions
+        known = device_called(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._peak = known.flops(config.trainer.precision) if known is not None else None
+        self._lengths: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, batch: Batch) -> None:
+        """Take in a trained batch; a rank's share without samples costs nothing."""
+        if len(batch.samples):
+            self._lengths.append((batch.offsets.diff(), batch.num_targets))
+
+    def read(self) -> float:
+        """Operations of the forward and backward passes since the last reading."""
+        lengths, self._lengths = self._lengths, []
+        if not lengths:
+            return 0.0
+        events, targets = (torch.cat(each).cpu().numpy() for each in zip(*lengths, strict=True))
+        flops = samples_flops(
+            self._config,
+            history=events - targets,
+            targets=targets,
+            num_items=self._num_items,
+            num_actions=self._num_actions,
+        )
+        return float(np.sum(flops.train))
+
+    def metrics(self, flops: float, seconds: float, *, num_ranks: int) -> dict[str, float]:
+        """`model_tflops` of all ranks together, and `mfu` where the device's peak is known."""
+        rate = flops / seconds
+        metrics = {"model_tflops": rate / 1e12}
+        return metrics if self._peak is None else metrics | {"mfu": rate / (num_ranks * self._peak)}
