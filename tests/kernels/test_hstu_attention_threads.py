@@ -83,6 +83,6 @@ def test_a_batch_changed_in_place_is_not_mistaken_for_the_one_before():
 
 
 def test_memory_of_a_long_sequence_stays_below_six_times_its_tensors():
-    memory = measure_memory(16384)
+    memory = measure_memory(16384, "cpu")
     assert memory.peak_bytes > memory.tensor_bytes / 2, "the inputs alone"
     assert memory.peak_bytes < 6 * memory.tensor_bytes
