@@ -1,5 +1,5 @@
-"""Which scores a mask hides and which it shows, decided without looking at each; and the strips in which visible ones are
-computed.
+"""Which scores a mask hides and which it shows, decided without looking at each; and the strips in which visible ones
+are computed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,10 +53,12 @@ def _exact_strips(mask: AttentionMask, length: int, end: int, *, tile: int, most
         some, every = _keys_seen(mask, rows, end)
         longest = most_keys * tile // (rows.stop - rows.start)
         for start, stop in _merged(some):
+            # One mask over a whole strip is faster than two, on both sides of a few keys that all queries see.
+            unmasked = [(a, b) for a, b in every if b - a >= rows.stop - rows.start]
             width = -(-(stop - start) // -(-(stop - start) // longest) // ALIGNED) * ALIGNED
             for first in range(start, stop, width):
                 keys = slice(first, min(first + width, stop))
-                yield Strip(rows, keys, tuple(_outside(every, keys)))
+                yield Strip(rows, keys, tuple(_outside(unmasked, keys)))
 
 
 def _row_blocks(mask: AttentionMask, length: int, end: int, tile: int) -> Iterator[slice]:
@@ -103,14 +105,9 @@ def _merged(ranges: list[Range]) -> list[Range]:
 
 
 def _outside(ranges: list[Range], keys: slice) -> Iterator[slice]:
-    """The keys that are in none of the ranges; ranges of less than a vector count as nothing.
-
-    A window of 256 has a single key that all of 256 queries see: masking on both sides of it took longer than at once.
-    """
+    """The keys that are in none of the ranges."""
     position = keys.start
     for start, stop in sorted(ranges):
-        if stop - start < ALIGNED:
-            continue
         if position < min(start, keys.stop):
             yield slice(position, min(start, keys.stop))
         position = max(position, stop)
