@@ -54,7 +54,7 @@ def _exact_strips(mask: AttentionMask, length: int, end: int, *, tile: int, most
         longest = most_keys * tile // (rows.stop - rows.start)
         for start, stop in _merged(some):
             # One mask over a whole strip is faster than two, on both sides of a few keys that all queries see.
-            unmasked = [(a, b) for a, b in every if b - a >= rows.stop - rows.start]
+            unmasked = [(a, b) for a, b in every if a <= start or b - a >= rows.stop - rows.start]
             width = -(-(stop - start) // -(-(stop - start) // longest) // ALIGNED) * ALIGNED
             for first in range(start, stop, width):
                 keys = slice(first, min(first + width, stop))

@@ -145,10 +145,12 @@ def test_one_sequence_computes_little_more_than_its_queries_see() -> None:
         AttentionMask(window=128, num_contextual=1): length,
     }
     for mask, more in extra.items():
-        strips = strips_of(mask, length, [mask.history_end(length, targets)], tile=256, most_keys=1024)
+        strips = list(strips_of(mask, length, [mask.history_end(length, targets)], tile=256, most_keys=1024))
+        masked = sum((s.rows.stop - s.rows.start) * (keys.stop - keys.start) for s in strips for keys in s.masked)
         computed = sum((s.rows.stop - s.rows.start) * (s.keys.stop - s.keys.start) for s in strips)
         assert window + more < 1.1 * computed, "about as many as are visible, or more"
         assert computed < 3.1 * window + more, "a block of 256 queries sees 128 + 256 keys within the window"
+        assert masked < 3.1 * window, "what lies beyond the window is masked nowhere"
 
 
 def test_what_is_alike_along_a_sequence_depends_on_the_distance_alone() -> None:
