@@ -44,9 +44,9 @@ def _attend(problem: Problem, out: Output, part: Part) -> None:
             bias_GRC = None if bias is None else bias.values(rows, strip.keys, part.plan.buckets(strip))
             for batch in part.batches():
                 scores_MRC = part.scores(strip, q_MRD[batch], k_MLD[batch, strip.keys], bias_GRC)
-                weights_MRC = F.silu(scores_MRC.to(scale_ML1.dtype), inplace=True).mul_(scale_ML1[batch, rows])
+                weights_MRC = F.silu(scores_MRC.to(scale_ML1.dtype), inplace=True)
                 add_product_(out_MRD[batch], weights_MRC.to(dtype), v_MLD[batch, strip.keys])
-        out_MLD[:, rows] = out_MRD
+        torch.mul(out_MRD, scale_ML1[:, rows], out=out_MLD[:, rows])
 
 
 def _backward(problem: Problem, dout: Tensor, needs_dscale: bool) -> Gradients:

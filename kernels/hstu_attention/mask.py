@@ -75,3 +75,11 @@ class AttentionMask:
         if self.num_contextual:
             positions = (positions - self.num_contextual + 1).clamp(min=0)
         return torch.minimum(positions, history_end)
+
+    def id_of(self, position: int, history_end: int) -> int:
+        """The id of one position."""
+        return min(max(position - max(self.num_contextual - 1, 0), 0), history_end)
+
+    def first_position(self, token_id: int) -> int:
+        """Where the tokens of this id, or of 0 if it is negative, begin."""
+        return token_id + max(self.num_contextual - 1, 0) if token_id > 0 else 0

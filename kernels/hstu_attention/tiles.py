@@ -1,5 +1,5 @@
-"""Which tiles of scores a mask hides entirely, in part, or not at all, decided without looking inside them; and strips
-of visible tiles side by side, the unit in which scores are computed.
+"""Which scores a mask hides and which it shows, decided without looking at each; and the strips in which visible ones
+are computed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,26 +11,114 @@ from torch import Tensor
 
 from .mask import AttentionMask
 
+Range = tuple[int, int]
+"""Positions from the first number up to, without, the second."""
+ALIGNED = 16
+"""Strips start at whole vectors of this many floats."""
+LEAST_GAP = 64
+"""Fewer hidden keys than this are computed and masked: another strip would take longer."""
+
 
 @dataclass(frozen=True)
 class Strip:
-    """Neighbouring tiles of one row of tiles, none of them hidden entirely."""
+    """Some queries by some keys, side by side."""
 
     rows: slice
     """Queries, by position in the sequence."""
     keys: slice
     masked: tuple[slice, ...]
-    """Which of the keys, by position in the sequence, stand in tiles that are visible only in part."""
+    """Which of the keys, by position in the sequence, some of the queries may not see."""
 
 
 def strips_of(
     mask: AttentionMask, length: int, history_ends: Sequence[int], *, tile: int, most_keys: int
 ) -> Iterator[Strip]:
-    """The strips of length x length scores that any of the sequences sees; tiles are `tile` queries by `tile` keys."""
+    """The strips of length x length scores that any of the sequences sees: up to `tile` queries by `most_keys` keys, or
+    fewer queries by more keys.
+
+    Where all sequences share one history end, strips begin and end where what a query sees does; otherwise they are of
+    whole tiles, `tile` queries by `tile` keys.
+    """
+    if length <= tile:
+        whole = slice(0, length)
+        yield Strip(whole, whole, (whole,))
+    elif len(history_ends) == 1 and history_ends[0] > 0:
+        yield from _exact_strips(mask, length, history_ends[0], tile=tile, most_keys=most_keys)
+    else:
+        yield from _tiled_strips(mask, length, history_ends, tile=tile, most_keys=most_keys)
+
+
+def _exact_strips(mask: AttentionMask, length: int, end: int, *, tile: int, most_keys: int) -> Iterator[Strip]:
+    for rows in _row_blocks(mask, length, end, tile):
+        some, every = _keys_seen(mask, rows, end)
+        longest = most_keys * tile // (rows.stop - rows.start)
+        for start, stop in _merged(some):
+            # One mask over a whole strip is faster than two, on both sides of a few keys that all queries see.
+            unmasked = [(a, b) for a, b in every if a <= start or b - a >= rows.stop - rows.start]
+            width = -(-(stop - start) // -(-(stop - start) // longest) // ALIGNED) * ALIGNED
+            for first in range(start, stop, width):
+                keys = slice(first, min(first + width, stop))
+                yield Strip(rows, keys, tuple(_outside(unmasked, keys)))
+
+
+def _row_blocks(mask: AttentionMask, length: int, end: int, tile: int) -> Iterator[slice]:
+    """Queries that are all contextual, all bound to the window, or all exempt from it."""
+    borders = {0, mask.num_contextual, length}
+    if mask.window and (mask.full_tail or mask.prefix):
+        borders.add(mask.first_position(end - mask.full_tail))
+    for start, stop in pairwise(sorted(border for border in borders if border <= length)):
+        num_blocks = -(-(stop - start) // tile)
+        size = -(-(stop - start) // num_blocks // ALIGNED) * ALIGNED
+        yield from (slice(first, min(first + size, stop)) for first in range(start, stop, size))
+
+
+def _keys_seen(mask: AttentionMask, rows: slice, end: int) -> tuple[list[Range], list[Range]]:
+    """The keys that some, and that all queries of a block of `_row_blocks` see."""
+    lowest, highest = mask.id_of(rows.start, end), mask.id_of(rows.stop - 1, end)
+    itself = (rows.start, rows.stop)
+    if rows.start < mask.num_contextual:
+        history = (0, mask.first_position(end))
+        return [history, itself], [history]
+    before_lowest, before_highest = mask.first_position(lowest), mask.first_position(highest)
+    if not mask.window or (mask.full_tail and lowest >= end - mask.full_tail) or (mask.prefix and lowest == end):
+        return [(0, before_highest), itself], [(0, before_lowest)]
+    some = [(mask.first_position(lowest - mask.window), before_highest), itself]
+    every = [(mask.first_position(highest - mask.window), before_lowest)]
+    if mask.prefix:
+        prefix = max(mask.prefix, mask.num_contextual)
+        some.append((0, min(prefix, before_highest)))
+        every.append((0, min(prefix, before_lowest)))
+    return some, every
+
+
+def _merged(ranges: list[Range]) -> list[Range]:
+    """The union, with starts at whole vectors and without gaps too small to pay for another strip."""
+    merged: list[Range] = []
+    for start, stop in sorted(ranges):
+        if start >= stop:
+            continue
+        if merged and start - merged[-1][1] < LEAST_GAP:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start // ALIGNED * ALIGNED, stop))
+    return merged
+
+
+def _outside(ranges: list[Range], keys: slice) -> Iterator[slice]:
+    """The keys that are in none of the ranges."""
+    position = keys.start
+    for start, stop in sorted(ranges):
+        if position < min(start, keys.stop):
+            yield slice(position, min(start, keys.stop))
+        position = max(position, stop)
+    if position < keys.stop:
+        yield slice(position, keys.stop)
+
+
+def _tiled_strips(
+    mask: AttentionMask, length: int, history_ends: Sequence[int], *, tile: int, most_keys: int
+) -> Iterator[Strip]:
     blocks = [slice(start, min(start + tile, length)) for start in range(0, length, tile)]
-    if len(blocks) == 1:
-        yield Strip(blocks[0], blocks[0], (blocks[0],))
-        return
     some, every = tile_visibility(mask, blocks, history_ends)
     for rows, some_see, all_see in zip(blocks, some.tolist(), every.tolist(), strict=True):
         for start, stop in _runs(some_see, True):

@@ -101,20 +101,56 @@ def test_a_windowed_mask_computes_tiles_in_proportion_to_the_window() -> None:
     assert tiles_of(AttentionMask(window=64, prefix=64), tile=64)[0] == 16 + 15 + 14
 
 
+def check_strips(mask: AttentionMask, lengths: list[int], *, num_targets: int, tile: int, most_keys: int) -> None:
+    """No score twice, none that a query sees left out, and none that it does not see left unmasked."""
+    longest = max(lengths)
+    computed, unmasked = torch.zeros(2, longest, longest, dtype=torch.bool)
+    ends = [mask.history_end(n, num_targets) for n in lengths]
+    for strip in strips_of(mask, longest, ends, tile=tile, most_keys=most_keys):
+        assert not computed[strip.rows, strip.keys].any(), "each score once"
+        computed[strip.rows, strip.keys] = True
+        unmasked[strip.rows, strip.keys] = True
+        for keys in strip.masked:
+            unmasked[strip.rows, keys] = False
+    for n in lengths:
+        seen = seen_by(mask, n, num_targets)
+        assert not (seen & ~computed[:n, :n]).any(), mask
+        assert not (unmasked[:n, :n] & ~seen).any(), mask
+
+
 def test_the_strips_of_a_group_serve_each_of_its_sequences() -> None:
     for mask in MASKS:
-        computed, unmasked = torch.zeros(2, 20, 20, dtype=torch.bool)
-        ends = [mask.history_end(n, 2) for n in (20, 14)]
-        for strip in strips_of(mask, 20, ends, tile=4, most_keys=12):
-            assert not computed[strip.rows, strip.keys].any(), "each score once"
-            computed[strip.rows, strip.keys] = True
-            unmasked[strip.rows, strip.keys] = True
-            for keys in strip.masked:
-                unmasked[strip.rows, keys] = False
-        for n in (20, 14):
-            seen = seen_by(mask, n, 2)
-            assert not (seen & ~computed[:n, :n]).any(), mask
-            assert not (unmasked[:n, :n] & ~seen).any(), mask
+        check_strips(mask, [20, 14], num_targets=2, tile=4, most_keys=12)
+
+
+LONG_MASKS = [
+    AttentionMask(*values) for values in itertools.product((0, 5, 40), (0, 3, 30), (0, 7, 90), (0, 1, 20))
+]  # tails, prefixes and contextual tokens shorter and longer than a tile and the window
+
+
+@pytest.mark.parametrize("num_targets", [0, 2, 25])
+def test_the_strips_of_one_sequence_cover_what_its_queries_see_and_mask_the_rest(num_targets: int) -> None:
+    for mask in (*MASKS, *LONG_MASKS):
+        check_strips(mask, [30], num_targets=num_targets, tile=8, most_keys=16)
+    for mask in LONG_MASKS[::2]:
+        check_strips(mask, [150], num_targets=num_targets, tile=16, most_keys=64)
+
+
+def test_one_sequence_computes_little_more_than_its_queries_see() -> None:
+    length, targets, window = 4113, 16, 129 * 4113
+    extra = {
+        AttentionMask(window=128): 0,
+        AttentionMask(window=128, full_tail=128): (128 + targets) * length,
+        AttentionMask(window=128, prefix=128): 128 * length + targets * length,
+        AttentionMask(window=128, num_contextual=1): length,
+    }
+    for mask, more in extra.items():
+        strips = list(strips_of(mask, length, [mask.history_end(length, targets)], tile=256, most_keys=1024))
+        masked = sum((s.rows.stop - s.rows.start) * (keys.stop - keys.start) for s in strips for keys in s.masked)
+        computed = sum((s.rows.stop - s.rows.start) * (s.keys.stop - s.keys.start) for s in strips)
+        assert window + more < 1.1 * computed, "about as many as are visible, or more"
+        assert computed < 3.1 * window + more, "a block of 256 queries sees 128 + 256 keys within the window"
+        assert masked < 3.1 * window, "what lies beyond the window is masked nowhere"
 
 
 def test_what_is_alike_along_a_sequence_depends_on_the_distance_alone() -> None:
