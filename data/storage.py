@@ -110,8 +110,9 @@ def load_dataset(path: str) -> DatasetInfo:
     if not is_uri(path):
         return DatasetInfo.load(path)
     file = Storage(path).open(DATASET_FILE)
+    content = file.read(0, file.size, "").to_pybytes()
     try:
-        raw = json.loads(file.read(0, file.size, "").to_pybytes())
+        raw = json.loads(content)
     except ValueError as error:
         raise UserError(f"{file.name} is damaged ({error}); prepare the dataset again") from error
     return DatasetInfo.parse(raw, Path(path))

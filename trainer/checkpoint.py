@@ -21,10 +21,10 @@ from ..data.errors import UserError
 from ..data.loader import LoaderState
 from ..embeddings.shards import local_shards
 from .canonical import load_table, load_whole, table_pieces
-from .manifest import DAMAGED, MANIFEST, Manifest
+from .manifest import DAMAGED, MANIFEST, DamagedError, Manifest
 from .optimizer import Optimizer
 from .parallel import World, gather_objects, on_main
-from .pieces import DamagedError, Piece, Source
+from .pieces import Piece, Source
 from .state import TrainState
 from .storage import Location, put
 

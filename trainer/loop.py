@@ -85,9 +85,9 @@ def train(run: Run) -> None:
         if every(config.trainer.log_every, run.state.step) or run.state.step == run.total_steps:
             log(run, step)
         if step.signum:
-            run.saver.wait()
+            wait_for_save(run)
             save(run)
-            raise StopRequested(step.signum, run.state.step, error=run.saver.wait())
+            raise StopRequested(step.signum, run.state.step, error=wait_for_save(run))
         if every(config.trainer.evaluate_every, run.state.step):
             evaluate(run, "validation")
         if every(config.checkpoint.every, run.state.step) and run.state.step < run.total_steps:
@@ -187,11 +187,17 @@ def finish(run: Run) -> None:
             evaluate(run, split)
     if not on_main(run.world, (checkpoint_folder(run.saver.home, run.state.step) / MANIFEST).is_file):
         save(run)
-    if error := run.saver.wait():
+    if error := wait_for_save(run):
         raise UserError(
             f"the last step's checkpoint could not be written to {run.saver.home}: {error}; mend that and "
             "give the same command again: the run continues from its newest complete checkpoint"
         )
+
+
+def wait_for_save(run: Run) -> str | None:
+    """Wait for the save in flight, however slow its storage; why it failed, None if it is complete or there is none."""
+    with run.watchdog.paused():
+        return run.saver.wait()
 
 
 def catch_up(run: Run) -> None:

@@ -18,6 +18,10 @@ DAMAGED = "manifest.damaged.json"
 FORMAT_VERSION = 2
 
 
+class DamagedError(UserError):
+    """Files of a checkpoint are not as they were written."""
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """A stretch of a file with its own checksum, so that a reader of a part need not read the whole to check it."""
@@ -77,7 +81,8 @@ class Manifest:
         """The manifest of a checkpoint folder.
 
         Raises:
-            UserError: there is none, or it is not readable as one.
+            DamagedError: it is not readable as one.
+            UserError: there is none, or it is another version's.
         """
         path = folder / MANIFEST
         try:
@@ -91,7 +96,7 @@ class Manifest:
         except ValidationError as error:
             fault = error.errors()[0]
             place = ".".join(str(part) for part in fault["loc"])
-            raise UserError(
+            raise DamagedError(
                 f"{path} is not a readable manifest ({place}: {fault['msg']}); delete that folder to use an older one"
             ) from None
         except OSError as error:

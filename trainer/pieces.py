@@ -22,8 +22,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from ..data.errors import UserError
-from .manifest import Block, FileRecord, Manifest, size_problem, wrong_checksum
+from .manifest import Block, DamagedError, FileRecord, Manifest, size_problem, wrong_checksum
 from .storage import Location, put
 
 INDEX = "index.json"
@@ -43,10 +42,6 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
-
-
-class DamagedError(UserError):
-    """Files of a checkpoint are not as they were written."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..data.errors import UserError
@@ -15,7 +15,7 @@ from .checkpoint import Trainable
 from .config import Config
 from .evaluate import Evaluator
 from .loop import Run
-from .manifest import Manifest, complete_checkpoints, newest_at
+from .manifest import DamagedError, Manifest, complete_checkpoints, newest_at
 from .optimizer import Optimizer
 from .parallel import World, on_main
 from .pipeline import GuardedPipeline
@@ -126,9 +126,9 @@ def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool) ->
         raise UserError(f"cannot look for checkpoints in {home}: {error}; check checkpoint.path and its keys") from None
     if fresh and (complete or (out / CONFIG_FILE).exists()):
         raise UserError(f"--fresh: {out} already holds a run; choose another --out, or delete that folder")
-    if not complete:
-        return []
-    manifest = Manifest.read(complete[-1])
+    manifest = _newest_readable(complete)
+    if manifest is None:
+        return complete
     if manifest.dataset != dataset:
         raise UserError(
             f"{home} holds a run on another dataset than {config.data.path} is now (fingerprints {manifest.dataset} "
@@ -140,6 +140,14 @@ def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool) ->
             f"{out / CONFIG_FILE}); restore those settings to continue it, or choose another --out"
         )
     return complete
+
+
+def _newest_readable(complete: list[Location]) -> Manifest | None:
+    """The manifest of the newest checkpoint that has a readable one; what loads it tells of the others."""
+    for folder in reversed(complete):
+        with suppress(DamagedError):
+            return Manifest.read(folder)
+    return None
 
 
 def _take_up(trainable: Trainable, complete: list[Location], config: Config, world: World) -> Location | None:

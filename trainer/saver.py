@@ -129,7 +129,8 @@ class Saver:
         if self._thread is not None:
             self._thread.join(PATIENCE_SECONDS)
             self._stopped.set()
-            self._thread.join()
+            # Not for ever: storage that hangs must not keep a process that has failed from telling so.
+            self._thread.join(PATIENCE_SECONDS)
 
     def _is_free(self, step: int) -> bool:
         """Whether all ranks have finished the save before, all of them after the same patience."""

@@ -198,6 +198,20 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_used(trained, dat
     assert complete_checkpoints(out) == [checkpoint_folder(out, 5), checkpoint_folder(out, 11)]
 
 
+@pytest.mark.parametrize("content", [b"{", b"\xff", b'{"step": 5}'])
+def test_a_damaged_manifest_is_told_and_the_checkpoint_before_it_is_used(trained, dataset, tmp_path, capsys, content):
+    out = interrupted(trained(1)["ranking"], tmp_path / "out", step=10)
+    folder = checkpoint_folder(out, 10)
+    shutil.copytree(checkpoint_folder(trained(1)["ranking"], 10), folder, dirs_exist_ok=True)
+    (folder / "manifest.json").write_bytes(content)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(config_of(dataset, "ranking", "trainer.max_steps=11").to_toml())
+    assert main([str(recipe), "--out", str(out)]) == 0
+    told = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("ATTENTION"))
+    assert "manifest.json is not a readable manifest" in told
+    assert complete_checkpoints(out) == [checkpoint_folder(out, 5), checkpoint_folder(out, 11)]
+
+
 def train_by_command(dataset: Path, kind: str, out: Path, *arguments: str) -> int:
     config_of(dataset, kind)
     recipe = str(dataset.parent / f"{kind}.toml")
