@@ -87,30 +87,33 @@ def load(trainable: Trainable, folder: Location, *, world: World) -> Manifest:
 
 
 def load_newest(
-    trainable: Trainable, folders: Sequence[Location], *, world: World, say: Callable[[str], None]
+    trainable: Trainable, folders: Sequence[Location], *, world: World, say: Callable[[str], None], set_aside: bool
 ) -> Location:
-    """Load the newest of some complete checkpoints that is undamaged; a damaged one is told, and counts no more.
+    """Load the newest of some complete checkpoints that is undamaged; a damaged one is told.
+
+    Args:
+        set_aside: a damaged one counts no more from now on, as its run goes on; else nothing is written.
 
     Raises:
         UserError: all are damaged, or the newest undamaged one does not fit.
     """
-    undamaged = (folder for folder in reversed(folders) if _loads(trainable, folder, world, say))
-    if (newest := next(undamaged, None)) is not None:
+
+    def loads(folder: Location) -> bool:
+        try:
+            load(trainable, folder, world=world)
+        except DamagedError as error:
+            say(f"ATTENTION: {error}; looking for the checkpoint before it")
+            if set_aside:
+                on_main(world, lambda: _set_aside(folder))
+            return False
+        return True
+
+    if (newest := next(filter(loads, reversed(folders)), None)) is not None:
         return newest
     raise UserError(
-        f"all {len(folders)} complete checkpoints of this run are damaged, {folders[0]} the oldest of them; "
-        f"each now has {DAMAGED} in place of its manifest. Restore the files from a copy, or choose another --out"
+        f"all {len(folders)} complete checkpoints of this run are damaged, {folders[0]} the oldest of them; a run that "
+        f"goes on puts {DAMAGED} in place of their manifests. Restore the files from a copy, or choose another --out"
     )
-
-
-def _loads(trainable: Trainable, folder: Location, world: World, say: Callable[[str], None]) -> bool:
-    try:
-        load(trainable, folder, world=world)
-    except DamagedError as error:
-        say(f"ATTENTION: {error}; looking for the checkpoint before it")
-        on_main(world, lambda: _set_aside(folder))
-        return False
-    return True
 
 
 def load_start(trainable: Trainable, folder: Location, *, world: World) -> None:

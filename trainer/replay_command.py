@@ -65,7 +65,7 @@ def _replay(config: Config, before: list[Location], world: World, *, step: int) 
 
     with (
         tempfile.TemporaryDirectory(prefix="ultrarec-replay-") as folder,
-        assemble(config, Path(folder), world, before, request=StopRequest()) as run,
+        assemble(config, Path(folder), world, before, request=StopRequest(), owns=False) as run,
     ):
         if step > run.total_steps:
             raise UserError(f"step {step}: the run has {run.total_steps} steps")

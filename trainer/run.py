@@ -44,20 +44,24 @@ def open_run(
     """
     fingerprint = load_dataset(config).fingerprint
     complete = on_main(world, lambda: _own_checkpoints(config, out, fingerprint, fresh=fresh))
-    with assemble(config, out, world, complete, request=request or StopRequest()) as run:
+    with assemble(config, out, world, complete, request=request or StopRequest(), owns=True) as run:
         yield run
 
 
 @contextmanager
 def assemble(
-    config: Config, out: Path, world: World, complete: list[Location], *, request: StopRequest
+    config: Config, out: Path, world: World, complete: list[Location], *, request: StopRequest, owns: bool
 ) -> Iterator[Run]:
-    """A run that writes to `out` and continues from the newest of some checkpoints, or begins if there are none."""
+    """A run that writes to `out` and continues from the newest of some checkpoints, or begins if there are none.
+
+    Args:
+        owns: the checkpoints are this run's, which sets damaged ones aside; else they are only read.
+    """
     info = load_dataset(config)
     recommender = build_recommender(config, info)
     sharded = shard(recommender, config, world)
     trainable = _trainable(config, sharded)
-    newest = _take_up(trainable, complete, config, world)
+    newest = _take_up(trainable, complete, config, world, owns=owns)
     state = trainable.state
     loader = build_loader(config, info, world, split="train", state=state.loader)
     total_steps = trainable.optimizer.total_steps = _total_steps(config, loader)
@@ -150,7 +154,9 @@ def _newest_readable(complete: list[Location]) -> Manifest | None:
     return None
 
 
-def _take_up(trainable: Trainable, complete: list[Location], config: Config, world: World) -> Location | None:
+def _take_up(
+    trainable: Trainable, complete: list[Location], config: Config, world: World, *, owns: bool
+) -> Location | None:
     """Load where to continue or begin from; returns the checkpoint that is continued."""
 
     def say(text: str) -> None:
@@ -158,7 +164,7 @@ def _take_up(trainable: Trainable, complete: list[Location], config: Config, wor
             print(text, file=sys.stderr, flush=True)
 
     if complete:
-        return checkpoint.load_newest(trainable, complete, world=world, say=say)
+        return checkpoint.load_newest(trainable, complete, world=world, say=say, set_aside=owns)
     if config.checkpoint.start_from is not None:
         start = on_main(world, lambda: newest_at(location(config.checkpoint.start_from or "")))
         checkpoint.load_start(trainable, start, world=world)

@@ -58,11 +58,24 @@ def test_a_replayed_step_has_the_numbers_of_the_run_and_names_its_rows(dataset, 
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+def test_replay_passes_over_a_damaged_checkpoint_and_leaves_it_as_it_is(dataset, tmp_path):
+    out = tmp_path / "out"
+    run_ranks(train_on_ranks, [(config_of(dataset, "ranking", *SETTINGS), out)], world_size=1)
+    (whole,) = run_ranks(replayed, out, 11, world_size=1)
+    (shard,) = (out / "checkpoints" / "step-00000010").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run_ranks(replayed, out, 11, world_size=1) == [whole]
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def replayed_with_an_infinite_weight(out: Path, step: int) -> tuple[str, str]:
     take_up, broken = opening._take_up, []
 
-    def break_one(trainable, *args):
-        found = take_up(trainable, *args)
+    def break_one(trainable, *args, **keywords):
+        found = take_up(trainable, *args, **keywords)
         name, weight = next(iter(trainable.optimizer.dense.items()))
         broken.append(name)
         with torch.no_grad():
