@@ -101,6 +101,15 @@ KINDS = {
         "objective.loss=sampled_softmax",
         "objective.num_negatives=16",
     ),
+    "adamw": (
+        NEXT_ITEM,
+        "data.batch_rows=7",
+        "trainer.epochs=4",
+        "embeddings.sharding.item=data_parallel",
+        "embeddings.optimizer.kind=adamw",
+        "embeddings.optimizer.lr=0.01",
+        "embeddings.optimizer.weight_decay=0.1",
+    ),
 }
 """A recipe and settings by kind of run."""
 
