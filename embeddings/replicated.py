@@ -67,7 +67,7 @@ class ReplicatedTables(nn.Module):
         weights = self.weights()
         sizes = [size for weight in weights.values() for size in (weight.numel(), len(weight))]
         flat = torch.zeros(sum(sizes), device=gradients_ED[0].device)
-        parts = iter(flat.split(sizes))
+        parts = iter(torch.split(flat, sizes))
         sums = {name: (next(parts).view_as(weight), next(parts)) for name, weight in weights.items()}
         for table, ids, gradients in zip(self.table_of.values(), ids_E, gradients_ED, strict=True):
             gradient_RD, times_R = sums[table]

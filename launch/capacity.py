@@ -349,8 +349,9 @@ def _bytes_moved(
     """
     kept = sum(memory.get(name, 0.0) for name in ("activations", "token encoders", "looked-up vectors"))
     replicated = sum(t.rows * (t.columns + 1) for t in tables if not t.shards)
-    replicated *= 4.0 * REPLICATED_PASSES.get(config.embeddings.optimizer.kind, 0)
-    per_batch = 12.0 * _busiest([table for table in tables if table.shards], ranks) + replicated + 2 * kept
+    passes = REPLICATED_PASSES.get(config.embeddings.optimizer.kind, 0)
+    sharded = _busiest([table for table in tables if table.shards], ranks)
+    per_batch = 12.0 * sharded + 4.0 * passes * replicated + 2 * kept
     return per_batch * config.trainer.accumulate + 28.0 * parameters
 
 
