@@ -101,10 +101,14 @@ KINDS = {
         "objective.loss=sampled_softmax",
         "objective.num_negatives=16",
     ),
-    "adamw": (
+    "adamw_softmax": (
         NEXT_ITEM,
         "data.batch_rows=7",
         "trainer.epochs=4",
+        "objective.temperature=0.2",
+        "objective.loss=sampled_softmax",
+        "objective.num_negatives=8",
+        "objective.negatives_shared_by=sample",
         "embeddings.sharding.item=data_parallel",
         "embeddings.optimizer.kind=adamw",
         "embeddings.optimizer.lr=0.01",
