@@ -94,7 +94,7 @@ class NextItemModel(nn.Module):
         self.head = head
         self.temperature = objective.temperature
         self.is_bce = objective.loss == "bce"
-        self.negatives_of_sample = objective.negatives_shared_by == "sample"
+        self.shares_negatives = objective.negatives_shared_by == "step"
         self.num_in_batch = objective.num_in_batch
         if objective.num_in_batch:
             if popularity is None:
@@ -130,7 +130,7 @@ class NextItemModel(nn.Module):
             return full_softmax(users_MD, candidates_CD, batch.labels, temperature=self.temperature)
         positives_MD = self.item_vectors(embeddings["positive"])
         ids_C = batch.ids.values()[-len(candidates_CD) :]  # candidates are the last key
-        if self.negatives_of_sample:
+        if not self.shares_negatives:
             shape = (batch.num_targets.numel(), -1)
             return per_sample_softmax(
                 users_MD,

@@ -54,9 +54,7 @@ def candidates_of(objective: ObjectiveConfig, num_items: int) -> Candidates | No
     """What the next-item loss compares the next item with; None for ranking."""
     if objective.kind == "ranking":
         return None
-    small = num_items <= objective.full_softmax_items
-    full = objective.loss == "full_softmax" or (objective.loss == "auto" and small)
-    if full:
+    if objective.loss == "full_softmax":
         return Candidates(kind="catalogue", num_items=num_items)
     kind: Literal["sampled", "per_sample"] = "per_sample" if objective.negatives_shared_by == "sample" else "sampled"
     return Candidates(kind=kind, num_items=num_items, num_negatives=objective.num_negatives)
