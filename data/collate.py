@@ -59,7 +59,7 @@ class Collator:
         read = self._read(step, samples, histories)
         lengths = read.lengths if len(samples) else np.zeros(1, np.int64)
         return Batch(
-            ids=self._ids(step, lengths, read),
+            ids=self._ids(step, samples, lengths, read),
             offsets=_tensor(np.concatenate([[0], np.cumsum(lengths)])),
             num_targets=_tensor(read.num_targets if len(samples) else lengths),
             timestamps=_tensor(read.events["timestamps"]),
@@ -155,15 +155,14 @@ class Collator:
                     ids[name] = np.zeros(1, np.int64)
         return ids
 
-    def _ids(self, step: Step, lengths: Integers, read: _Read) -> KeyedJaggedTensor:
+    def _ids(self, step: Step, samples: Samples, lengths: Integers, read: _Read) -> KeyedJaggedTensor:
         bags = {"item": (read.events["items"], lengths)}
         for name, ids in self._feature_ids(read, hashed=True).items():
             bags[name] = (ids, np.ones_like(lengths) if self.features[name].role == "user" else lengths)
         if self.candidates is not None:
-            if self.candidates.kind == "sampled":
+            if self.candidates.kind != "catalogue":
                 bags["positive"] = (read.labels, read.labels_per_sample if len(read.labels) else lengths)
-            ids = self._candidate_ids(step, self.candidates)
-            bags["candidate"] = (ids, np.concatenate([[len(ids)], np.zeros_like(lengths[1:])]))
+            bags["candidate"] = self._candidate_bags(step, samples, self.candidates, num_bags=len(lengths))
         values, bag_lengths = zip(*bags.values(), strict=True)
         # One bag needs no copy.
         joined = values[0]
@@ -171,11 +170,20 @@ class Collator:
             joined = np.concatenate(values, out=self.memory.empty(sum(map(len, values))))
         return KeyedJaggedTensor.from_lengths_sync(list(bags), _tensor(joined), _tensor(np.concatenate(bag_lengths)))
 
-    def _candidate_ids(self, step: Step, candidates: Candidates) -> Integers:
-        """The ids of a training step; evaluation compares with none, but has the key, as every batch does."""
+    def _candidate_bags(
+        self, step: Step, samples: Samples, candidates: Candidates, *, num_bags: int
+    ) -> tuple[Integers, Integers]:
+        """The ids of a training step and how many lie in each bag; evaluation has none."""
+        lengths = np.zeros(num_bags, np.int64)
         if self.split != "train":
-            return np.zeros(0, np.int64)
-        return candidates.ids(seed=self.seed, epoch=step.epoch, first_sample=step.first_sample)
+            return np.zeros(0, np.int64), lengths
+        if candidates.kind == "per_sample":
+            sample_keys = keys(self.seed, step.epoch, samples.rows, samples.numbers)
+            ids = candidates.ids_by_sample(sample_keys if len(samples) else np.zeros(1, np.uint64))
+            return ids.ravel(), lengths + candidates.num_negatives
+        shared = candidates.ids(seed=self.seed, epoch=step.epoch, first_sample=step.first_sample)
+        lengths[0] = len(shared)
+        return shared, lengths
 
     def _audit(self, samples: Samples) -> Integers:
         files = np.searchsorted(self.file_begin, samples.rows, side="right") - 1

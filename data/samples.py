@@ -12,6 +12,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from .hashing import Bits, mix, uniform
+
 Split = Literal["train", "validation", "test"]
 Integers = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.float64]
@@ -153,18 +155,19 @@ Sampler = RankingSampler | NextItemSampler
 
 @dataclass(frozen=True)
 class Candidates:
-    """Items that every prediction of a step is compared with.
+    """Items that predictions are compared with.
 
-    `catalogue`: the ids 1..num_items. `sampled`: `num_negatives` uniform ids of 1..num_items, all different where
-    there are enough items.
+    `catalogue`: the ids 1..num_items. `sampled`: `num_negatives` uniform ids of 1..num_items, for all predictions of a
+    step, and all different where there are enough items. `per_sample`: so many for each sample of the step, drawn one
+    by one.
     """
 
-    kind: Literal["catalogue", "sampled"]
+    kind: Literal["catalogue", "sampled", "per_sample"]
     num_items: int
     num_negatives: int = 0
 
     def __post_init__(self) -> None:
-        if (self.kind == "sampled") != (self.num_negatives > 0):
+        if (self.kind != "catalogue") != (self.num_negatives > 0):
             raise ValueError(
                 f"num_negatives={self.num_negatives} with kind={self.kind!r}: "
                 "sampled candidates need at least 1, a catalogue takes none"
@@ -178,3 +181,8 @@ class Candidates:
         if self.num_negatives > self.num_items:
             return random.integers(1, self.num_items + 1, self.num_negatives)
         return random.choice(self.num_items, self.num_negatives, replace=False, shuffle=False) + 1
+
+    def ids_by_sample(self, sample_keys: Bits) -> Integers:
+        """[S, num_negatives] ids for samples with these keys, whatever else is in the step."""
+        draws = mix(np.arange(self.num_negatives, dtype=np.uint64) + np.uint64(_NEGATIVES << 32))
+        return (uniform(sample_keys[:, None] ^ draws) * self.num_items).astype(np.int64) + 1

@@ -22,6 +22,7 @@ from ..data.errors import UserError
 from .config import EmbeddingOptimizerConfig, EmbeddingsConfig
 
 OPTIMIZERS = {"rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "adam": EmbOptimType.ADAM}
+"""What fbgemm has for sharded tables; replicated ones have `updates.UPDATES`."""
 # The planner replicates no table unasked: TorchRec's own way fails on the CPU (see replicated.py), and ours pays with a
 # sum over all rows in every step. Nor does it cut columns unasked: row-wise Adagrad keeps one sum per piece of a row,
 # so that a table would learn otherwise on a cluster whose planner cuts it.
@@ -90,11 +91,13 @@ def _planner(
     module: nn.Module, config: EmbeddingsConfig, topology: Topology
 ) -> tuple[EmbeddingShardingPlanner | None, EmbeddingCollectionSharder]:
     """What plans the tables inside `module`, None if there are none; and what shards them."""
-    sharder = EmbeddingCollectionSharder(fused_params=fused_params(config.optimizer))
     names = [table.name for m in module.modules() for table in getattr(m, "embedding_configs", list)()]
-    _check_names(config, [*names, *(table for m in module.modules() for table in getattr(m, "table_of", {}).values())])
+    replicated = [table for m in module.modules() for table in getattr(m, "table_of", {}).values()]
+    _check_names(config, [*names, *replicated])
+    _check_optimizer(config.optimizer, sharded=names)
     if not names:
-        return None, sharder
+        return None, EmbeddingCollectionSharder()
+    sharder = EmbeddingCollectionSharder(fused_params=fused_params(config.optimizer))
     planner = EmbeddingShardingPlanner(
         topology=topology,
         constraints={name: _constraints(config.sharding.get(name, "auto")) for name in names},
@@ -120,11 +123,14 @@ def _check_names(config: EmbeddingsConfig, tables: list[str]) -> None:
         raise UserError(
             f"embeddings.sharding names {unknown}; the tables of this run are {list(dict.fromkeys(tables))}"
         )
-    replicated = [name for name, sharding in config.sharding.items() if sharding == "data_parallel"]
-    if replicated and config.optimizer.kind != "rowwise_adagrad":
+
+
+def _check_optimizer(config: EmbeddingOptimizerConfig, *, sharded: list[str]) -> None:
+    if sharded and config.kind not in OPTIMIZERS:
         raise UserError(
-            f"embeddings.sharding places {replicated} data_parallel, which learn by rowwise_adagrad only, but "
-            f"embeddings.optimizer.kind={config.optimizer.kind!r}; use rowwise_adagrad, or another placement"
+            f"embeddings.optimizer.kind={config.kind!r} updates every row of a table, and {sharded} are spread over "
+            f"the ranks; set embeddings.sharding.{sharded[0]}='data_parallel' for each, or choose one of "
+            f"{sorted(OPTIMIZERS)}"
         )
 
 

@@ -1,8 +1,8 @@
 """Small tables that every rank holds whole: no exchange of ids and vectors, but one sum of gradients over all ranks.
 
 TorchRec's own data_parallel lookup of sequences fails on the CPU, where fbgemm's dense kernel pools although pooling is
-off; this one is plain torch, and learns as the sharded tables do: row-wise Adagrad inside the backward pass, once per
-backward, with gradients averaged over ranks. Its updates are the same bits on every rank, since the sum is.
+off; this one is plain torch, and learns as the sharded tables do: inside the backward pass, once per backward, with
+gradients averaged over ranks. Its updates are the same bits on every rank, since the sum is.
 """
 
 # R = rows of a table, D = stored columns, E = ids looked up
@@ -19,6 +19,7 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from .config import EmbeddingOptimizerConfig
+from .updates import UPDATES, State
 
 
 class ReplicatedTables(nn.Module):
@@ -26,7 +27,7 @@ class ReplicatedTables(nn.Module):
 
     Args:
         tables: their names, sizes and keys.
-        optimizer: row-wise Adagrad's settings.
+        optimizer: one of `UPDATES` and its settings.
     """
 
     def __init__(self, tables: Sequence[EmbeddingConfig], optimizer: EmbeddingOptimizerConfig) -> None:
@@ -35,18 +36,23 @@ class ReplicatedTables(nn.Module):
         self.table_of = {key: table.name for table in tables for key in table.feature_names}
         self.param_groups = [{"lr": optimizer.lr}]
         """The learning rate, where schedules of torch's optimizers look for it."""
+        new_state, self._update = UPDATES[optimizer.kind]
         # Buffers, not parameters: neither the dense optimizer nor the averaging of dense gradients may touch them.
+        self._state_keys: dict[str, list[str]] = {}
         for table in tables:
-            self.register_buffer(f"{table.name}_weight", torch.zeros(table.num_embeddings, table.embedding_dim))
-            self.register_buffer(f"{table.name}_squares", torch.zeros(table.num_embeddings))
+            weight_RD = torch.zeros(table.num_embeddings, table.embedding_dim)
+            state = new_state(weight_RD)
+            self._state_keys[table.name] = list(state)
+            for key, tensor in {"weight": weight_RD, **state}.items():
+                self.register_buffer(f"{table.name}/{key}", tensor)
 
     def weights(self) -> dict[str, Tensor]:
         """[R, D] of every table, by name."""
-        return {name: self.get_buffer(f"{name}_weight") for name in dict.fromkeys(self.table_of.values())}
+        return {name: self.get_buffer(f"{name}/weight") for name in self._state_keys}
 
-    def squares(self, table: str) -> Tensor:
-        """[R]: sum over updates of the mean over columns of the squared gradient."""
-        return self.get_buffer(f"{table}_squares")
+    def state(self, table: str) -> State:
+        """The optimizer's live tensors of a table by name, [R] or [R, D]."""
+        return {key: self.get_buffer(f"{table}/{key}") for key in self._state_keys[table]}
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Vectors per key, [E of the key, D], in the order of the ids."""
@@ -57,25 +63,27 @@ class ReplicatedTables(nn.Module):
 
     @torch.no_grad()
     def update(self, ids_E: Sequence[Tensor], gradients_ED: Sequence[Tensor]) -> None:
-        """One step of row-wise Adagrad on the rows that any rank looked up."""
-        sums = {name: torch.zeros(len(w), w.size(1) + 1, device=w.device) for name, w in self.weights().items()}
+        """One step of the optimizer, with the gradients of all ranks."""
+        weights = self.weights()
+        sizes = [size for weight in weights.values() for size in (weight.numel(), len(weight))]
+        flat = torch.zeros(sum(sizes), device=gradients_ED[0].device)
+        parts = iter(torch.split(flat, sizes))
+        sums = {name: (next(parts).view_as(weight), next(parts)) for name, weight in weights.items()}
         for table, ids, gradients in zip(self.table_of.values(), ids_E, gradients_ED, strict=True):
-            # The last column tells which rows were looked up: one whose gradients cancel still decays.
-            rows = torch.cat([gradients.float(), torch.ones_like(ids, dtype=torch.float32)[:, None]], dim=1)
-            _add_rows(sums[table], ids, rows)
-        flat = torch.cat([each.flatten() for each in sums.values()])
+            gradient_RD, times_R = sums[table]
+            _add_rows(gradient_RD, ids, gradients.float())
+            # One whose gradients cancel was looked up all the same, and may have to decay.
+            times_R.index_fill_(0, ids, 1.0)
         dist.all_reduce(flat)
-        parts = torch.split(flat, [each.numel() for each in sums.values()])
-        for (table, each), part in zip(sums.items(), parts, strict=True):
-            self._step(table, part.view_as(each))
-
-    def _step(self, table: str, summed: Tensor) -> None:
-        weight_RD, squares_R, lr = self.weights()[table], self.squares(table), self.param_groups[0]["lr"]
-        gradient_RD = summed[:, :-1] / dist.get_world_size()
-        squares_R += gradient_RD.square().mean(1)
-        if self.config.weight_decay:
-            weight_RD[summed[:, -1] > 0] *= 1 - lr * self.config.weight_decay
-        weight_RD -= gradient_RD * (lr / (squares_R.sqrt() + self.config.eps))[:, None]
+        for table, (gradient_RD, times_R) in sums.items():
+            self._update(
+                weights[table],
+                self.state(table),
+                gradient_RD.div_(dist.get_world_size()),
+                is_looked_up_R=times_R > 0,
+                lr=self.param_groups[0]["lr"],
+                config=self.config,
+            )
 
 
 class _LookUp(torch.autograd.Function):

@@ -78,7 +78,7 @@ def _replicas_of(module: nn.Module) -> list[TableShard]:
             first_row=0,
             first_column=0,
             weight_RD=weight,
-            state={"momentum1": module.squares(name)},
+            state=module.state(name),
             is_replicated=True,
         )
         for name, weight in module.weights().items()

@@ -25,6 +25,8 @@ NETWORK_BANDWIDTH = 50e9
 """Bytes per second and GPU between nodes, in one direction: one 400 Gbit/s adapter each."""
 USABLE = 0.9
 """Share of a GPU's memory that a run may count on; the rest is for the context, collectives and fragmentation."""
+REPLICATED_PASSES = {"rowwise_adagrad": 11, "adamw": 25}
+"""How often the update of a table that every rank holds reads or writes as many values as the table has."""
 BATCHES_ON_DEVICE = 3
 """Of the pipeline: one trained, one whose ids travel, one on its way to the device."""
 
@@ -160,8 +162,9 @@ def _num_values(module: nn.Module) -> int:
 def _ids(config: Config, catalogue: Catalogue, work: Workload, ranks: int) -> dict[str, float]:
     """Ids that one rank looks up in a batch, by table.
 
-    Items: one per event; with sampled candidates, also one per label and each negative on every rank; with a catalogue
-    of candidates, all items on every rank. Hashed features: one per event, or of users one per sample.
+    Items: one per event; with sampled candidates, also one per label and each negative, on every rank or of every
+    sample; with a catalogue of candidates, all items on every rank. Hashed features: one per event, or of users one per
+    sample.
     """
     from ..embeddings.tables import ITEM_TABLE
     from ..trainer.build import candidates_of
@@ -171,7 +174,8 @@ def _ids(config: Config, catalogue: Catalogue, work: Workload, ranks: int) -> di
     candidates = candidates_of(config.objective, catalogue.num_items)
     items = events
     if candidates is not None:
-        sampled = events + candidates.num_negatives
+        times = samples if candidates.kind == "per_sample" else 1
+        sampled = events + times * candidates.num_negatives
         items += catalogue.num_items if candidates.kind == "catalogue" else sampled
     hashed = {
         name: samples if feature.role == "user" else events
@@ -222,7 +226,8 @@ def _memory(config: Config, work: Workload, tables: list[Table], parameters: int
     """Bytes on the fullest rank, by what they hold.
 
     Tables: 4 bytes per value of the rank's shards. Their optimizer: 4 per row of a shard (row-wise Adagrad) or 8 per
-    value (Adam). Replicated tables: 4 (columns + 1) per row, and twice as much while their gradients are summed.
+    value (Adam). Replicated tables: 4 (columns + 1) per row, 8 columns more with AdamW, and 8 (columns + 1) while
+    their gradients are summed.
     Dense: 4 P each of weights and gradients, 8 P of AdamW; under bf16 2 P of rounded weights. Vectors: 8 per value
     looked up, with their gradients. Batches: `BATCHES_ON_DEVICE` of 8 bytes per id and, per event, time (twice),
     actions and feature. Activations: as `_activations`.
@@ -234,7 +239,7 @@ def _memory(config: Config, work: Workload, tables: list[Table], parameters: int
     memory = {
         "tables": fullest[0],
         "tables' optimizer": fullest[1],
-        "replicated tables": sum(12.0 * t.rows * (t.columns + 1) for t in tables if not t.shards),
+        "replicated tables": _replicated_bytes(config, tables),
         "dense weights": (6.0 if config.trainer.precision == "bf16" else 4.0) * parameters,
         "dense gradients": 4.0 * parameters,
         "dense optimizer": 8.0 * parameters,
@@ -244,6 +249,12 @@ def _memory(config: Config, work: Workload, tables: list[Table], parameters: int
         * (sum(table.ids for table in tables) + events * (3 + len(config.data.features))),
     }
     return {**memory, **_activations(config, work, samples=work.samples / ranks)}
+
+
+def _replicated_bytes(config: Config, tables: list[Table]) -> float:
+    """Bytes of the tables that every rank holds, of their optimizer's state, and of their gradients while summed."""
+    moments = 8.0 if config.embeddings.optimizer.kind == "adamw" else 0.0
+    return sum(t.rows * (12.0 * (t.columns + 1) + moments * t.columns) for t in tables if not t.shards)
 
 
 def _table_bytes(config: Config, tables: list[Table], rank: int) -> tuple[float, float]:
@@ -334,13 +345,15 @@ def _bytes_moved(
 ) -> float:
     """Bytes that the busiest rank's memory reads and writes in a step.
 
-    Tables: each row looked up is read, and read and written by its update, 12 per value. Of a
-    replicated table all rows are: eleven passes over its sums, 44 per value. AdamW reads four and writes three arrays,
-    28 P. Activations, encoders and vectors are written once and read once.
+    Tables: each row looked up is read, and read and written by its update, 12 per value. Of a replicated table all rows
+    are, in `REPLICATED_PASSES` over its sums, 4 per value. The dense AdamW reads four and writes three arrays, 28 P.
+    Activations, encoders and vectors are written once and read once.
     """
     kept = sum(memory.get(name, 0.0) for name in ("activations", "token encoders", "looked-up vectors"))
     replicated = sum(t.rows * (t.columns + 1) for t in tables if not t.shards)
-    per_batch = 12.0 * _busiest([table for table in tables if table.shards], ranks) + 44.0 * replicated + 2 * kept
+    passes = REPLICATED_PASSES.get(config.embeddings.optimizer.kind, 0)
+    sharded = _busiest([table for table in tables if table.shards], ranks)
+    per_batch = 12.0 * sharded + 4.0 * passes * replicated + 2 * kept
     return per_batch * config.trainer.accumulate + 28.0 * parameters
 
 

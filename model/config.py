@@ -188,12 +188,14 @@ class ObjectiveConfig(BaseModel):
     num_experts: int = Field(default=0, ge=0, le=1024)
     """Ranking: hidden layers of the head, which each task mixes by a gate of its own (MMoE, KDD 2018); 0 is a single
     one that all tasks share."""
-    loss: Literal["auto", "sampled_softmax", "full_softmax", "bce"] = "auto"
-    """Next item: `auto` takes the full softmax up to `full_softmax_items` items, else the sampled one; `bce` judges
-    positives and negatives one by one, as SASRec does."""
-    full_softmax_items: int = Field(default=20_000, gt=0)
+    loss: Literal["full_softmax", "sampled_softmax", "bce"] = "full_softmax"
+    """Next item: softmax over all items, which is dear from tens of thousands on; over the item that followed and
+    negatives; or `bce`, which judges that item and negatives one by one, as SASRec does."""
     num_negatives: int = Field(default=1024, gt=0)
-    """Next item, sampled softmax and bce: uniform negatives, shared by all positions of a step."""
+    """Next item, sampled softmax and bce: uniform negatives."""
+    negatives_shared_by: Literal["step", "sample"] = "step"
+    """Next item: whose positions are compared with the same negatives, all of a step, which costs least, or those of
+    each sample (sampled softmax only), so that a step of few negatives still meets most of a small catalogue."""
     num_in_batch: int = Field(default=0, ge=0)
     """Next item, sampled softmax: so many further negatives, labels of other positions of this rank's step. They are
     items as often as these are popular; each negative's score is then corrected by how often it is expected."""
@@ -214,6 +216,11 @@ class ObjectiveConfig(BaseModel):
             raise ValueError(
                 f"objective.num_in_batch={self.num_in_batch} adds negatives to loss='sampled_softmax', and "
                 f"objective.loss={self.loss!r} would ignore them; set that loss, or num_in_batch to 0"
+            )
+        if self.negatives_shared_by == "sample" and (self.loss == "bce" or self.num_in_batch):
+            raise ValueError(
+                "objective.negatives_shared_by='sample' is for loss='sampled_softmax' without num_in_batch, and "
+                f"objective.loss={self.loss!r}, objective.num_in_batch={self.num_in_batch}; use 'step'"
             )
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"objective.tasks={list(self.tasks)} names a task twice; name each once")

@@ -220,12 +220,12 @@ class Tail(nn.Module):
 
     def forward(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
         """Tokens [S, E] to tokens [S, E]."""
-        is_newest_S = sequences.is_newest(self.num_events, self.limits)
-        rows, newest = sequences.keep(is_newest_S)
-        kept_SE = x_SE.index_select(0, rows)
+        truncation = sequences.truncate(self.num_events, self.limits)
+        older_SE, kept_SE = truncation.split(x_SE)
+        kept = truncation.kept
         for layer in self.layers:
-            kept_SE = layer(kept_SE, newest)
-        return x_SE.index_copy(0, rows, kept_SE)
+            kept_SE = layer(kept_SE, kept)
+        return truncation.join(older_SE, kept_SE)
 
 
 def _layers(config: ModelConfig, count: int, *, max_seq_len: int, mask: AttentionMask) -> nn.ModuleList:

@@ -1,9 +1,9 @@
 """Losses, each the sum over a rank's labels, so that the sum over ranks divided by all labels is the step's mean."""
 
-# M = labelled predictions, C = candidates, D = embedding width, K = tasks
+# M = labelled predictions, C = candidates, D = embedding width, K = tasks, B = samples, N = their most predictions
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,35 @@ def sampled_softmax(
     return _softmax(queries_MD, candidates_CD, positive_M, labels_M, candidate_ids_C, shift_C)
 
 
+def per_sample_softmax(
+    users_MD: Tensor,
+    positives_MD: Tensor,
+    candidates_BCD: Tensor,
+    *,
+    offsets: Tensor,
+    labels_M: Tensor,
+    candidate_ids_BC: Tensor,
+    temperature: float,
+) -> Tensor:
+    """As sampled_softmax, where sample b's predictions, `offsets[b]` to `offsets[b + 1]`, have candidates of their own.
+
+    Predictions are padded to as many as the longest sample has; `offsets` is [B + 1].
+    """
+    lengths = offsets.diff()
+    longest = max(1, int(lengths.max()))
+    sample_M = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    place_M = torch.arange(len(labels_M), device=lengths.device) - offsets[sample_M] + sample_M * longest
+    queries_MD = users_MD / temperature
+
+    def pad(x_M: Tensor) -> Tensor:
+        padded = x_M.new_zeros(len(lengths) * longest, *x_M.shape[1:])
+        return padded.index_copy(0, place_M, x_M).view(len(lengths), longest, *x_M.shape[1:])
+
+    # A place without a prediction has label 0, and so counts for nothing.
+    positive_M = (queries_MD * positives_MD).sum(dim=-1)
+    return _softmax(pad(queries_MD), candidates_BCD, pad(positive_M), pad(labels_M), candidate_ids_BC)
+
+
 def sampled_bce(
     users_MD: Tensor,
     positives_MD: Tensor,
@@ -100,23 +129,24 @@ def _weighted_softplus(queries_MD: Tensor, candidates_CD: Tensor, weights_MC: Te
 
 
 def _softmax(
-    queries_MD: Tensor,
-    candidates_CD: Tensor,
-    positive_M: Tensor,
-    labels_M: Tensor,
-    candidate_ids_C: Tensor | None,
+    queries: Tensor,
+    candidates: Tensor,
+    positive: Tensor,
+    labels: Tensor,
+    candidate_ids: Tensor | None,
     shift_C: Tensor | None = None,
 ) -> Tensor:
     apply = cast(Callable[..., Tensor], _ChunkedSoftmax.apply)
-    with torch.autocast(queries_MD.device.type, enabled=False):
-        return apply(queries_MD, candidates_CD, positive_M, labels_M, candidate_ids_C, shift_C)
+    with torch.autocast(queries.device.type, enabled=False):
+        return apply(queries, candidates, positive, labels, candidate_ids, shift_C)
 
 
 class _ChunkedSoftmax(torch.autograd.Function):
     """sum over m with label > 0 of logsumexp(logits_m) - positive_m, where logits = queries @ candidates^T.
 
+    Queries [M, D] share the candidates [C, D]; or queries [B, N, D] have candidates [B, C, D], and so ids [B, C].
     With candidate ids, the positive joins the candidates' logits, and candidates equal to the label leave them; a
-    shift is added to the candidates' logits and takes no gradient.
+    shift [C] is added to the candidates' logits and takes no gradient.
     Nothing of size M x C exists: the loss is a sum, so its gradients are known up to the incoming scalar while a
     chunk's logits are at hand, and the forward pass keeps those instead of the logits.
     """
@@ -124,44 +154,74 @@ class _ChunkedSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        queries_MD: Tensor,
-        candidates_CD: Tensor,
-        positive_M: Tensor,
-        labels_M: Tensor,
-        candidate_ids_C: Tensor | None,
+        queries: Tensor,
+        candidates: Tensor,
+        positive: Tensor,
+        labels: Tensor,
+        candidate_ids: Tensor | None,
         shift_C: Tensor | None,
     ) -> Tensor:
-        loss = queries_MD.new_zeros(())
-        dqueries_MD = torch.empty_like(queries_MD)
-        dpositive_M = torch.empty_like(positive_M)
-        dcandidates_CD = torch.zeros_like(candidates_CD)
-        rows = max(1, LOGITS_PER_CHUNK[queries_MD.device.type] // len(candidates_CD))
-        for begin in range(0, len(queries_MD), rows):
+        loss = queries.new_zeros(())
+        dqueries, dpositive = torch.empty_like(queries), torch.empty_like(positive)
+        dcandidates = torch.zeros_like(candidates)
+        is_shared = candidates.dim() == 2
+        logits_per_row = candidates.size(-2) * (1 if is_shared else queries.size(1))
+        rows = max(1, LOGITS_PER_CHUNK[queries.device.type] // logits_per_row)
+        for begin in range(0, len(queries), rows):
             chunk = slice(begin, begin + rows)
-            query, positive, label = queries_MD[chunk], positive_M[chunk], labels_M[chunk]
-            counts = (label > 0).to(query.dtype)
-            logits = query @ candidates_CD.T
-            if shift_C is not None:
-                logits += shift_C
-            if candidate_ids_C is not None:
-                logits.masked_fill_(label[:, None] == candidate_ids_C, -torch.inf)
-            top = torch.maximum(logits.amax(dim=1), positive)
-            weights = logits.sub_(top[:, None]).exp_()
-            total = weights.sum(dim=1)
-            own = torch.zeros_like(total)
-            if candidate_ids_C is not None:
-                own = (positive - top).exp()
-                total = total + own
-            loss += (counts * (top + total.log() - positive)).sum()
-            share = counts / total
-            dqueries_MD[chunk] = share[:, None] * (weights @ candidates_CD)
-            dpositive_M[chunk] = share * own - counts
-            dcandidates_CD.addmm_(weights.T, share[:, None] * query)
-        ctx.save_for_backward(dqueries_MD, dcandidates_CD, dpositive_M)
+            compared = slice(None) if is_shared else chunk
+            ids = None if candidate_ids is None else candidate_ids[compared]
+            found = _chunk(queries[chunk], candidates[compared], positive[chunk], labels[chunk], ids, shift_C)
+            loss += found.loss
+            dqueries[chunk], dpositive[chunk] = found.dqueries, found.dpositive
+            add = dcandidates.addmm_ if is_shared else dcandidates[compared].baddbmm_
+            add(found.weights.transpose(-1, -2), found.shared_queries)
+        ctx.save_for_backward(dqueries, dcandidates, dpositive)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dqueries_MD, dcandidates_CD, dpositive_M = ctx.saved_tensors
-        return dqueries_MD * dloss, dcandidates_CD * dloss, dpositive_M * dloss, None, None, None
+        dqueries, dcandidates, dpositive = ctx.saved_tensors
+        return dqueries * dloss, dcandidates * dloss, dpositive * dloss, None, None, None
+
+
+class _Chunk(NamedTuple):
+    """The softmax of some rows, and its gradients; that of the candidates is weights^T @ shared_queries."""
+
+    loss: Tensor
+    dqueries: Tensor
+    dpositive: Tensor
+    weights: Tensor
+    shared_queries: Tensor
+
+
+def _chunk(
+    queries: Tensor,
+    candidates: Tensor,
+    positive: Tensor,
+    labels: Tensor,
+    candidate_ids: Tensor | None,
+    shift_C: Tensor | None,
+) -> _Chunk:
+    counts = (labels > 0).to(queries.dtype)
+    logits = queries @ candidates.transpose(-1, -2)
+    if shift_C is not None:
+        logits += shift_C
+    if candidate_ids is not None:
+        logits.masked_fill_(labels[..., None] == candidate_ids.unsqueeze(-2), -torch.inf)
+    top = torch.maximum(logits.amax(dim=-1), positive)
+    weights = logits.sub_(top[..., None]).exp_()
+    total = weights.sum(dim=-1)
+    own = torch.zeros_like(total)
+    if candidate_ids is not None:
+        own = (positive - top).exp()
+        total = total + own
+    share = counts / total
+    return _Chunk(
+        loss=(counts * (top + total.log() - positive)).sum(),
+        dqueries=share[..., None] * (weights @ candidates),
+        dpositive=share * own - counts,
+        weights=weights,
+        shared_queries=share[..., None] * queries,
+    )

@@ -42,9 +42,11 @@ class Channel(nn.Module):
         is_chosen = (sequences.actions & self.action_mask) != 0
         is_chosen = is_chosen | (sequences.indices < self.limits.num_contextual) | sequences.is_target
         chosen, of_channel = sequences.keep(is_chosen)
-        newest, of_channel = of_channel.keep(of_channel.is_newest(self.num_events, self.limits))
-        out: Tensor = self.stack(x_SE.index_select(0, chosen[newest]), of_channel)
-        return out[of_channel.is_target]
+        truncation = of_channel.truncate(self.num_events, self.limits)
+        newest = truncation.kept
+        _, rows = truncation.split(chosen)
+        out: Tensor = self.stack(x_SE.index_select(0, rows), newest)
+        return out[newest.is_target]
 
 
 class Mixture(nn.Module):

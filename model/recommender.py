@@ -20,7 +20,7 @@ from .config import ModelConfig, ObjectiveConfig
 from .encoder import SequenceEncoder
 from .heads import RankingHead, UserVectorHead
 from .inputs import Features, features_of
-from .losses import full_softmax, multi_task_bce, normalize, sampled_bce, sampled_softmax
+from .losses import full_softmax, multi_task_bce, normalize, per_sample_softmax, sampled_bce, sampled_softmax
 
 Embeddings = dict[str, Tensor]
 
@@ -94,6 +94,7 @@ class NextItemModel(nn.Module):
         self.head = head
         self.temperature = objective.temperature
         self.is_bce = objective.loss == "bce"
+        self.shares_negatives = objective.negatives_shared_by == "step"
         self.num_in_batch = objective.num_in_batch
         if objective.num_in_batch:
             if popularity is None:
@@ -129,6 +130,17 @@ class NextItemModel(nn.Module):
             return full_softmax(users_MD, candidates_CD, batch.labels, temperature=self.temperature)
         positives_MD = self.item_vectors(embeddings["positive"])
         ids_C = batch.ids.values()[-len(candidates_CD) :]  # candidates are the last key
+        if not self.shares_negatives:
+            shape = (batch.num_targets.numel(), -1)
+            return per_sample_softmax(
+                users_MD,
+                positives_MD,
+                candidates_CD.view(*shape, candidates_CD.size(1)),
+                offsets=batch.offsets,
+                labels_M=batch.labels,
+                candidate_ids_BC=ids_C.view(shape),
+                temperature=self.temperature,
+            )
         if self.is_bce:
             return sampled_bce(
                 users_MD,

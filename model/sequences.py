@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import AttentionMask
+from ..kernels import AttentionMask, jagged_concat, jagged_split
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,11 +90,15 @@ class Sequences:
         """Whether each token is a target, [S] bool."""
         return self.indices >= self.history_ends[self.sequence_of_token]
 
-    def is_newest(self, num_events: int, limits: Limits) -> Tensor:
-        """Whether a token is contextual, of the newest `num_events` of its history, or a target; [S] bool."""
-        indices = self.indices
-        begins = self.history_ends[self.sequence_of_token] - num_events * limits.tokens_per_event
-        return (indices < limits.num_contextual) | (indices >= begins)
+    def truncate(self, num_events: int, limits: Limits) -> Truncation:
+        """Leave behind the events of each history but the newest `num_events`; contextual tokens and targets stay.
+
+        How many are left behind is known to the device only: a GPU makes the host wait here, once per call.
+        """
+        num_kept = limits.num_contextual + num_events * limits.tokens_per_event
+        num_older_B = (self.history_ends - num_kept).clamp(min=0)
+        older_offsets = torch.cat([num_older_B.new_zeros(1), num_older_B.cumsum(0)])
+        return Truncation(self, older_offsets, int(older_offsets[-1]), limits.num_contextual)
 
     def keep(self, is_kept: Tensor) -> tuple[Tensor, Sequences]:
         """The rows of some of the tokens, [kept], and the sequences that they form; `is_kept` [S] keeps all targets.
@@ -110,3 +114,45 @@ class Sequences:
             query_timestamps=self.query_timestamps[rows],
             actions=None if self.actions is None else self.actions[rows],
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """Sequences `[contextual | older | newest | targets]`, and those without their older events."""
+
+    whole: Sequences
+    older_offsets: Tensor
+    """[B+1], where the older events of each sequence begin and end among themselves."""
+    num_older: int
+    num_contextual: int
+
+    @property
+    def kept_offsets(self) -> Tensor:
+        """[B+1], where each truncated sequence begins and ends."""
+        return self.whole.offsets - self.older_offsets
+
+    @property
+    def kept(self) -> Sequences:
+        """The truncated sequences."""
+        whole = self.whole
+        fields = [whole.timestamps, whole.query_timestamps]
+        if whole.actions is not None:
+            fields.append(whole.actions)
+        _, kept = self.split(torch.stack(fields, dim=1))
+        timestamps, query_timestamps, *actions = kept.unbind(1)
+        return Sequences(
+            offsets=self.kept_offsets,
+            num_targets=whole.num_targets,
+            timestamps=timestamps.contiguous(),
+            query_timestamps=query_timestamps.contiguous(),
+            actions=actions[0].contiguous() if actions else None,
+        )
+
+    def split(self, x_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Values of all tokens [S, ...] as those of older events, and those of the truncated sequences."""
+        prefix = self.num_contextual
+        return jagged_split(x_S, self.older_offsets, self.kept_offsets, num_left=self.num_older, right_prefix=prefix)
+
+    def join(self, older: Tensor, kept: Tensor) -> Tensor:
+        """What `split` parted, [S, ...]."""
+        return jagged_concat(older, kept, self.older_offsets, self.kept_offsets, right_prefix=self.num_contextual)

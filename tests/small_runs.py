@@ -101,6 +101,19 @@ KINDS = {
         "objective.loss=sampled_softmax",
         "objective.num_negatives=16",
     ),
+    "adamw_softmax": (
+        NEXT_ITEM,
+        "data.batch_rows=7",
+        "trainer.epochs=4",
+        "objective.temperature=0.2",
+        "objective.loss=sampled_softmax",
+        "objective.num_negatives=8",
+        "objective.negatives_shared_by=sample",
+        "embeddings.sharding.item=data_parallel",
+        "embeddings.optimizer.kind=adamw",
+        "embeddings.optimizer.lr=0.01",
+        "embeddings.optimizer.weight_decay=0.1",
+    ),
 }
 """A recipe and settings by kind of run."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow.parquet as pq
 import torch
@@ -53,11 +54,10 @@ def candidates_of(objective: ObjectiveConfig, num_items: int) -> Candidates | No
     """What the next-item loss compares the next item with; None for ranking."""
     if objective.kind == "ranking":
         return None
-    small = num_items <= objective.full_softmax_items
-    full = objective.loss == "full_softmax" or (objective.loss == "auto" and small)
-    if full:
+    if objective.loss == "full_softmax":
         return Candidates(kind="catalogue", num_items=num_items)
-    return Candidates(kind="sampled", num_items=num_items, num_negatives=objective.num_negatives)
+    kind: Literal["sampled", "per_sample"] = "per_sample" if objective.negatives_shared_by == "sample" else "sampled"
+    return Candidates(kind=kind, num_items=num_items, num_negatives=objective.num_negatives)
 
 
 def build_loader(
@@ -124,7 +124,7 @@ def recommender_of(
     candidates = candidates_of(config.objective, num_items)
     item_keys: tuple[str, ...] = ("item",)
     if candidates is not None:
-        item_keys += ("positive", "candidate") if candidates.kind == "sampled" else ("candidate",)
+        item_keys += ("candidate",) if candidates.kind == "catalogue" else ("positive", "candidate")
     torch.manual_seed(config.trainer.seed)
     try:
         model = build_model(

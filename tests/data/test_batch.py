@@ -155,6 +155,23 @@ def test_the_ids_of_a_step_are_one_keyed_jagged_tensor(path):
     assert batch.ids.weights_or_none() is None
 
 
+def test_candidates_of_samples_lie_in_their_bags_whatever_rank_reads_them(path):
+    candidates = Candidates("per_sample", 30, 5)
+
+    def by_row(batch):
+        rows = [row for _, row, _ in batch.samples.tolist()]
+        return dict(zip(rows, batch.ids["candidate"].values().view(-1, 5).tolist(), strict=True))
+
+    batch = only(batches(path, NextItemSampler(3), candidates=candidates))
+    assert batch.ids["candidate"].lengths().tolist() == [5, 5]
+    together = by_row(batch)
+    assert together[0] != together[1]
+    ranks = [only(batches(path, NextItemSampler(3), rank=r, world_size=3, candidates=candidates)) for r in range(3)]
+    assert {row: ids for b in ranks if len(b.samples) for row, ids in by_row(b).items()} == together
+    # A rank without samples has one of no events, whose candidates nothing is compared with.
+    assert [b.ids["candidate"].lengths().tolist() for b in ranks if not len(b.samples)] == [[5]]
+
+
 def test_a_catalogue_has_no_positives_of_its_own(path):
     batch = only(batches(path, NextItemSampler(3), candidates=Candidates("catalogue", 30)))
     assert batch.ids.keys() == ["item", "user_id", "candidate"]

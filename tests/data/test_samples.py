@@ -111,7 +111,18 @@ def test_sampled_candidates_follow_seed_epoch_and_position_only():
     assert drawn[0, 0, 0] == tuple(candidates.ids(seed=0, epoch=0, first_sample=0).tolist())
 
 
-@pytest.mark.parametrize(("kind", "num_negatives"), [("sampled", 0), ("catalogue", 5)])
+def test_candidates_of_a_sample_are_uniform_items_that_depend_on_its_key_only():
+    candidates = Candidates("per_sample", 7, 500)
+    ids = candidates.ids_by_sample(np.arange(40, dtype=np.uint64))
+    assert ids.shape == (40, 500)
+    shares = np.bincount(ids.ravel(), minlength=8) / ids.size
+    # 20,000 draws: the share of an item varies by 0.0025 around 1 / 7.
+    np.testing.assert_allclose(shares, [0, *[1 / 7] * 7], atol=0.0125)
+    assert len(np.unique(ids, axis=0)) == 40
+    np.testing.assert_array_equal(candidates.ids_by_sample(np.array([33, 4], np.uint64)), ids[[33, 4]])
+
+
+@pytest.mark.parametrize(("kind", "num_negatives"), [("sampled", 0), ("per_sample", 0), ("catalogue", 5)])
 def test_candidates_refuse_a_number_that_their_kind_cannot_use(kind, num_negatives):
     with pytest.raises(ValueError, match=f"num_negatives={num_negatives} with kind='{kind}'"):
         Candidates(kind, 10, num_negatives)

@@ -216,6 +216,8 @@ def test_a_lookup_is_plain_indexing(world_size):
 NUM_STEPS = 4
 RATES = [0.05, 0.1, 0.02, 0.05]
 ADAGRAD = EmbeddingOptimizerConfig(lr=0.05, eps=1e-3)
+ADAMW = EmbeddingOptimizerConfig(kind="adamw", betas=(0.8, 0.95), eps=1e-4, weight_decay=0.3)
+WHOLE = {"item": "data_parallel", "user_id": "data_parallel"}
 
 
 def coefficients(rank: int, step: int, key: str, shape: torch.Size) -> Tensor:
@@ -307,12 +309,48 @@ def test_tables_that_do_not_fit_the_memory_are_refused_with_a_remedy():
     assert told.endswith("; add ranks, lower embeddings.dim, or change embeddings.sharding / embeddings.hbm_gib")
 
 
-def test_replicated_tables_that_would_need_adam_are_refused():
-    config = EmbeddingsConfig(
-        dim=8, sharding={"item": "data_parallel"}, optimizer=EmbeddingOptimizerConfig(kind="adam")
-    )
-    (told,) = run_ranks(refused, config, "cpu", world_size=1)
-    assert told.startswith("embeddings.sharding places ['item'] data_parallel, which learn by rowwise_adagrad only")
+def test_an_optimizer_that_a_placement_does_not_have_is_refused_with_those_it_has():
+    adam, adamw = EmbeddingOptimizerConfig(kind="adam"), EmbeddingOptimizerConfig(kind="adamw")
+    with pytest.raises(ValueError, match=r"places \['item'\] data_parallel, .* choose 'adamw' or 'rowwise_adagrad'"):
+        EmbeddingsConfig(dim=8, sharding={"item": "data_parallel"}, optimizer=adam)
+    config = EmbeddingsConfig(dim=8, sharding={"item": "data_parallel"}, optimizer=adamw)
+    assert run_ranks(refused, config, "cpu", world_size=1) == [
+        "embeddings.optimizer.kind='adamw' updates every row of a table, and ['user_id'] are spread over the ranks; "
+        "set embeddings.sharding.user_id='data_parallel' for each, or choose one of ['adam', 'rowwise_adagrad']"
+    ]
+
+
+def learned_by_adamw(steps: int) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, np.ndarray[Any, Any]]]:
+    """The weights before and after some steps, each with its own learning rate."""
+    parallel, _ = shard(EmbeddingsConfig(dim=6, sharding=WHOLE, optimizer=ADAMW))
+    rank, size, lookup = dist.get_rank(), dist.get_world_size(), parallel.module
+    before = {name: weight.numpy().copy() for name, weight in lookup.replicated.weights().items()}
+    for step in range(steps):
+        lookup.replicated.param_groups[0]["lr"] = RATES[step]
+        vectors = parallel(request(rank, step))
+        (size * sum((v * coefficients(rank, step, key, v.shape)).sum() for key, v in vectors.items())).backward()
+    return before, {name: weight.numpy().copy() for name, weight in lookup.replicated.weights().items()}
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_whole_tables_learn_as_torchs_adamw_on_the_dense_gradient_of_all_ranks(world_size):
+    ranks = run_ranks(learned_by_adamw, NUM_STEPS, world_size=world_size)
+    before, after = ranks[0]
+    for name, start in before.items():
+        weight = torch.from_numpy(start).double().requires_grad_()
+        adamw = torch.optim.AdamW([weight], betas=ADAMW.betas, eps=ADAMW.eps, weight_decay=ADAMW.weight_decay)
+        for step in range(NUM_STEPS):
+            weight.grad = torch.zeros_like(weight)
+            for rank in range(world_size):
+                for key in (key for key, table in TABLE_OF.items() if table == name):
+                    ids = request(rank, step).to_dict()[key].values()
+                    values = coefficients(rank, step, key, torch.Size([len(ids), 6])).double()
+                    weight.grad.index_put_((ids,), nn.functional.pad(values, (0, 2)), accumulate=True)
+            adamw.param_groups[0]["lr"] = RATES[step]
+            adamw.step()
+        torch.testing.assert_close(torch.from_numpy(after[name]).double(), weight.detach(), rtol=1e-5, atol=2e-6)
+        for _, other in ranks[1:]:
+            np.testing.assert_array_equal(other[name], after[name])
 
 
 def decayed(sharding: str) -> tuple[Shards, Shards]:

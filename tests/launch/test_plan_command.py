@@ -69,6 +69,17 @@ def test_the_owner_of_a_whole_table_sends_for_all(capsys):
     assert owned["ids"] == spread["ids"]
 
 
+def test_a_replicated_table_with_adamw_keeps_two_moments_of_every_value(capsys):
+    whole = "embeddings.sharding={item='data_parallel', user_id='data_parallel'}"
+    kinds = ("rowwise_adagrad", "adamw")
+    adagrad, adamw = (
+        plan_json(capsys, *KUAIRAND, "--set", whole, "--set", f"embeddings.optimizer.kind={kind}") for kind in kinds
+    )
+    rows = adagrad["memory"]["replicated tables"] / (12 * 129)
+    assert adamw["memory"]["replicated tables"] - adagrad["memory"]["replicated tables"] == 8 * 128 * rows
+    assert adamw["seconds"]["memory"] > adagrad["seconds"]["memory"]
+
+
 def test_a_replicated_table_is_summed_and_not_exchanged(capsys):
     placed = "embeddings.sharding={item='row_wise', user_id='data_parallel'}"
     planned = plan_json(capsys, *KUAIRAND, "--set", placed)

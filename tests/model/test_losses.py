@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -5,7 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from ultrarec.model import losses
-from ultrarec.model.losses import full_softmax, multi_task_bce, normalize, sampled_bce, sampled_softmax
+from ultrarec.model.losses import (
+    full_softmax,
+    multi_task_bce,
+    normalize,
+    per_sample_softmax,
+    sampled_bce,
+    sampled_softmax,
+)
 
 M, C, D = 37, 11, 6
 
@@ -57,6 +65,33 @@ def test_sampled_softmax_is_cross_entropy_over_positive_and_other_candidates(tem
         expected = expected + logits.logsumexp(0) - logits[0]
     got = sampled_softmax(
         users, positives, candidates, labels_M=label, candidate_ids_C=candidate_ids, temperature=temperature
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    assert_same_gradients(got, expected, {"users": users, "positives": positives, "candidates": candidates})
+
+
+@pytest.mark.usefixtures("chunk")
+def test_with_candidates_of_its_own_each_sample_is_a_sampled_softmax():
+    users, positives, label = vectors(M, 1), vectors(M, 2), labels()
+    bounds = [0, 0, 1, 20, 20, M]
+    candidates = vectors(5 * C, 3)
+    ids = torch.randint(1, C + 1, (5, C), generator=torch.Generator().manual_seed(4))
+    expected = users.new_zeros(())
+    for sample, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        for m in range(begin, end):
+            if label[m] == 0:
+                continue
+            others = [candidates[sample * C + c] for c in range(C) if ids[sample, c] != label[m]]
+            logits = torch.stack([positives[m], *others]) @ users[m] / 0.2
+            expected = expected + logits.logsumexp(0) - logits[0]
+    got = per_sample_softmax(
+        users,
+        positives,
+        candidates.unflatten(0, (5, C)),
+        offsets=torch.tensor(bounds),
+        labels_M=label,
+        candidate_ids_BC=ids,
+        temperature=0.2,
     )
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
     assert_same_gradients(got, expected, {"users": users, "positives": positives, "candidates": candidates})

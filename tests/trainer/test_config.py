@@ -147,8 +147,8 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
         ("model.qk_dim=100000000", "model.qk_dim=100000000: input should be less than or equal to 65536"),
         (
             "objective.num_in_batch=4",
-            "objective.num_in_batch=4 adds negatives to loss='sampled_softmax', and objective.loss='auto' would ignore "
-            "them; set that loss, or num_in_batch to 0",
+            "objective.num_in_batch=4 adds negatives to loss='sampled_softmax', and objective.loss='full_softmax' "
+            "would ignore them; set that loss, or num_in_batch to 0",
         ),
         (
             "model.tail={num_layers=1, num_events=8, prefix=2}",
@@ -170,6 +170,26 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
 def test_a_bad_setting_is_named_with_value_and_remedy(recipe, override, expected):
     path = recipe()
     assert message(path, override) == f"{path}: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["objective.loss=bce", "objective.negatives_shared_by=sample"],
+            "objective.negatives_shared_by='sample' is for loss='sampled_softmax' without num_in_batch, and "
+            "objective.loss='bce', objective.num_in_batch=0; use 'step'",
+        ),
+        (
+            ["embeddings.sharding.item=data_parallel", "embeddings.optimizer.kind=adam"],
+            "embeddings.sharding places ['item'] data_parallel, where embeddings.optimizer.kind='adam' is none of the "
+            "optimizers; choose 'adamw' or 'rowwise_adagrad', or another placement",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named_with_a_remedy(recipe, overrides, expected):
+    path = recipe()
+    assert message(path, *overrides) == f"{path}: {expected}"
 
 
 @pytest.mark.parametrize("override", ["trainer.max_steps", "max_steps=3", "=3", "trainer.=3", ".epochs=3", ""])

@@ -80,7 +80,7 @@ def step_over_a_bad_batch(config: Config, out: Path, what: str) -> dict[str, Any
         return {"changed": changed, "faults": faults, "finite": finite, "batches": run.state.batches}
 
 
-@pytest.mark.parametrize("kind", ["ranking", "sampled_softmax"])
+@pytest.mark.parametrize("kind", ["ranking", "sampled_softmax", "adamw_softmax"])
 @pytest.mark.parametrize("what", ["the loss", "an embedding gradient", "a dense gradient"])
 def test_a_batch_that_goes_wrong_on_one_rank_changes_nothing_on_any(dataset, tmp_path, kind, what):
     config = config_of(dataset, kind)

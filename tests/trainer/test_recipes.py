@@ -66,7 +66,8 @@ def test_every_recipe_trains_a_step_when_it_is_made_small(info, tmp_path):
     # The losses that no recipe of a published configuration has.
     sasrec = made_small(load_config("sasrec_ml1m"), info.root)
     for loss, num_in_batch in (("bce", 0), ("sampled_softmax", 8)):
-        objective = sasrec.objective.model_copy(update={"loss": loss, "num_in_batch": num_in_batch})
+        changes = {"loss": loss, "num_in_batch": num_in_batch, "negatives_shared_by": "step"}
+        objective = sasrec.objective.model_copy(update=changes)
         runs.append((sasrec.model_copy(update={"objective": objective}), tmp_path / loss))
     run_ranks(train_on_ranks, runs, world_size=1)
     for _, out in runs:

@@ -26,7 +26,12 @@ from ultrarec.trainer.manifest import MANIFEST, Manifest, checkpoint_folder, com
 # An epoch has 12 steps: checkpoints lie inside a window of metrics (4, 8), at the end of an epoch (12), after it (16).
 SETTINGS = ("model.dropout=0.3", "checkpoint.every=4", "trainer.log_every=3", "trainer.evaluate_every=6")
 COSINE = ("optimizer.warmup_steps=5", "optimizer.decay=cosine", "optimizer.clip_norm=1.0", "trainer.accumulate=2")
-RESUMED = {"ranking": SETTINGS, "columns": SETTINGS, "sampled_softmax": (*SETTINGS, *COSINE, "data.batch_rows=4")}
+RESUMED = {
+    "ranking": SETTINGS,
+    "columns": SETTINGS,
+    "sampled_softmax": (*SETTINGS, *COSINE, "data.batch_rows=4"),
+    "adamw_softmax": (*SETTINGS, "trainer.max_steps=16"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, dataset, 
         ("columns", 8),
         ("sampled_softmax", 8),
         ("sampled_softmax", 16),
+        ("adamw_softmax", 8),
     ]
     runs = [
         (
@@ -89,7 +95,7 @@ def test_the_compared_checkpoints_hold_everything_that_training_changes(whole):
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3), (3, 2)])
 def test_a_run_continues_on_another_number_of_ranks(trained, dataset, tmp_path, before, after):
     """Without dropout the losses must be those of the uninterrupted run too, give or take rounding."""
-    kinds, cut = ("ranking", "columns", "full_softmax"), 10
+    kinds, cut = ("ranking", "columns", "full_softmax", "adamw_softmax"), 10
     whole = {kind: trained(before)[kind] for kind in kinds}
     runs = [
         (config_of(dataset, kind, "checkpoint.every=5"), interrupted(out, tmp_path / kind, step=cut))
