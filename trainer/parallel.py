@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.rendezvous import rendezvous
 
 from ..data.errors import UserError
 from .config import TrainerConfig
+from .meeting import store_of_attempt
 
 Value = TypeVar("Value")
 
@@ -43,7 +45,9 @@ def join(config: TrainerConfig) -> Iterator[World]:
     timeout = datetime.timedelta(seconds=config.timeout_seconds)
     if "RANK" in os.environ:
         _check_environment()
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        own = store_of_attempt(store, rank=rank, size=size, timeout=timeout)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
