@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
-from torch.distributed.rendezvous import rendezvous
 
 from ..data.errors import UserError
 from .config import TrainerConfig
-from .meeting import store_of_attempt
+from .rendezvous import agent_store
 
 Value = TypeVar("Value")
 
@@ -45,9 +44,11 @@ def join(config: TrainerConfig) -> Iterator[World]:
     timeout = datetime.timedelta(seconds=config.timeout_seconds)
     if "RANK" in os.environ:
         _check_environment()
-        store, rank, size = next(rendezvous("env://", timeout=timeout))
-        own = store_of_attempt(store, rank=rank, size=size, timeout=timeout)
-        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if (store := agent_store(rank, world_size, timeout)) is not None:
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
