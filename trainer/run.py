@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from .build import Sharded, build_loader, build_recommender, load_dataset, shard
 from .checkpoint import Trainable
 from .config import Config
 from .evaluate import Evaluator
+from .journal import tell
 from .loop import Run
 from .manifest import DamagedError, Manifest, complete_checkpoints, newest_at
 from .optimizer import Optimizer
@@ -23,7 +23,7 @@ from .report import Audit, Reporter, SkipLog, forget_after
 from .saver import Saver
 from .signals import StopRequest
 from .state import TrainState
-from .storage import Location, checkpoint_home, location
+from .storage import Location, checkpoint_home, location, put
 from .throughput import Throughput
 from .timing import Timer
 from .unpipelined import Unpipelined
@@ -116,9 +116,9 @@ def assemble(
         loader.close()
         saver.close()
         reporter.close()
-        skips.close()
+        skips.journal.close()
         if audit is not None:
-            audit.close()
+            audit.journal.close()
 
 
 def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool) -> list[Location]:
@@ -161,7 +161,7 @@ def _take_up(
 
     def say(text: str) -> None:
         if world.is_main:
-            print(text, file=sys.stderr, flush=True)
+            tell(text)
 
     if complete:
         return checkpoint.load_newest(trainable, complete, world=world, say=say, set_aside=owns)
@@ -193,11 +193,24 @@ def _prepare_folder(config: Config, out: Path, plan: str, step: int) -> None:
     """Write what the run is, and drop what an earlier process wrote about steps that will be trained again."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
-        (out / PLAN_FILE).write_text(plan, encoding="utf-8")
         forget_after(out, step)
+        _write_if_changed(out / CONFIG_FILE, config.to_toml())
+        _write_if_changed(out / PLAN_FILE, plan)
     except OSError as error:
         raise UserError(f"cannot write the run folder {out}: {error.strerror}; choose another --out") from None
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    """Whole or not at all: a run that continues on a full disk keeps what it has, and mostly needs nothing else."""
+    content, exists = text.encode(), path.is_file()
+    if exists and path.read_bytes() == content:
+        return
+    try:
+        put(path, content)
+    except OSError as error:
+        if not exists:
+            raise
+        tell(f"ATTENTION: {path} stays as the run before left it: {error.strerror or error}")
 
 
 def _greeting(out: Path, plan: str, newest: Location | None, world: World, step: int, total_steps: int) -> str:
