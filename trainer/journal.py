@@ -1,4 +1,4 @@
-"""Lines that a run appends to files of its folder, and what becomes of them while there is no room."""
+"""Files of JSON lines in a run folder: appended to, also when there is no room, read, and cut at a restart."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from ..data.errors import UserError
 
 WAITING_BYTES = 64 * 2**20
 """Of lines that wait in memory for room, at most; then the oldest are given up."""
@@ -121,3 +123,38 @@ class Journal:
 
     def _lost(self) -> str:
         return f", {self._given_up} older one(s) are lost" if self._given_up else ""
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Cut a file of JSON lines behind those up to `step`, which come first; it needs no room on the disk.
+
+    A last line that a kill cut off goes too.
+    """
+    if not path.exists():
+        return
+    kept = 0
+    with path.open("rb+") as file:
+        for line in file:
+            if not line.endswith(b"\n") or _parse(line.decode(errors="replace"), path)["step"] > step:
+                break
+            kept += len(line)
+        file.truncate(kept)
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The values of a file of JSON lines; none when there is no file, none of a last line cut off by a kill."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [_parse(line, path) for line in file if line.endswith("\n")]
+
+
+def _parse(line: str, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+        if isinstance(value.get("step"), int):
+            return dict(value)
+    except (ValueError, AttributeError):
+        pass
+    raise UserError(f"{path} has a line that no run wrote: {line[:80]!r}; remove that line to continue")

@@ -15,11 +15,11 @@ from . import incidents
 from .checkpoint import Trainable
 from .config import Config
 from .evaluate import Evaluator
-from .journal import Journal
+from .journal import Journal, read_lines
 from .manifest import MANIFEST, checkpoint_folder
 from .parallel import World, gather_objects, on_main, sum_over_ranks
 from .pipeline import GuardedPipeline
-from .report import METRICS_FILE, Audit, Reporter, SkipLog, read_lines
+from .report import METRICS_FILE, Audit, Reporter, SkipLog
 from .saver import Saver
 from .signals import StopRequested
 from .state import TrainState, Window

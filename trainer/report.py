@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,47 +15,11 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ..data.errors import UserError
 from ..data.faults import Fault, SkippedSample
 from .incidents import INCIDENTS_FILE
-from .journal import REMIND_SECONDS, Journal, tell
+from .journal import REMIND_SECONDS, Journal, cut_after, tell
 
 METRICS_FILE = "metrics.jsonl"
-
-
-def cut_after(path: Path, step: int) -> None:
-    """Cut a file of JSON lines behind those up to `step`, which come first; it needs no room on the disk.
-
-    A last line that a kill cut off goes too.
-    """
-    if not path.exists():
-        return
-    kept = 0
-    with path.open("rb+") as file:
-        for line in file:
-            if not line.endswith(b"\n") or _parse(line.decode(errors="replace"), path)["step"] > step:
-                break
-            kept += len(line)
-        file.truncate(kept)
-        os.fsync(file.fileno())
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The values of a file of JSON lines; none when there is no file, none of a last line cut off by a kill."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [_parse(line, path) for line in file if line.endswith("\n")]
-
-
-def _parse(line: str, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-        if isinstance(value.get("step"), int):
-            return dict(value)
-    except (ValueError, AttributeError):
-        pass
-    raise UserError(f"{path} has a line that no run wrote: {line[:80]!r}; remove that line to continue")
 
 
 def forget_after(out: Path, step: int) -> None:
