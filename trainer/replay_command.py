@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..data.errors import UserError
 from .config import load_config
-from .manifest import Manifest, complete_checkpoints, step_of
+from .manifest import complete_checkpoints, newest_readable, step_of
 from .noise import silence
 from .storage import Location, checkpoint_home
 
@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _warn_of_other_ranks(args: argparse.Namespace, before: list[Location], world: World) -> None:
-    ranks = Manifest.read(before[-1]).world_size if before else world.size
+    manifest = newest_readable(before)
+    ranks = manifest.world_size if manifest else world.size
     if ranks != world.size and world.is_main:
         print(
             f"note: the run had {ranks} process(es), this is {world.size}: numbers agree up to rounding, dropout not "

@@ -45,6 +45,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return [_parse(line, path) for line in file if line.endswith("\n")]
 
 
+def metrics_in(line: Mapping[str, Any]) -> dict[str, float | None]:
+    """The metrics of a line, without what they are about."""
+    return {key: value for key, value in line.items() if key not in ("step", "epoch", "split", "time")}
+
+
 def _parse(line: str, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(line)
