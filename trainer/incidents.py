@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .health import NotFiniteError
+from .journal import INCIDENTS_FILE
 from .parallel import gather_objects
 
 if TYPE_CHECKING:
     from .loop import Run
     from .step import Consumed, Step
-
-INCIDENTS_FILE = "incidents.jsonl"
 
 
 def inspect(run: Run, step: Step) -> None:

@@ -18,6 +18,9 @@ from tqdm import tqdm
 
 from ..data.errors import UserError
 
+METRICS_FILE = "metrics.jsonl"
+INCIDENTS_FILE = "incidents.jsonl"
+"""Batches to look at again, with their rows."""
 WAITING_BYTES = 64 * 2**20
 """Of lines that wait in memory for room, at most; then the oldest are given up."""
 REMIND_SECONDS = 300.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,11 +16,10 @@ from . import incidents
 from .checkpoint import Trainable
 from .config import Config
 from .evaluate import Evaluator
-from .journal import Journal, read_lines
-from .manifest import MANIFEST, checkpoint_folder
+from .journal import METRICS_FILE, Journal, read_lines
 from .parallel import World, gather_objects, on_main, sum_over_ranks
 from .pipeline import GuardedPipeline
-from .report import METRICS_FILE, Audit, Reporter, SkipLog
+from .report import Audit, Reporter, SkipLog, metrics_in
 from .saver import Saver
 from .signals import StopRequested
 from .state import TrainState, Window
@@ -172,6 +172,8 @@ def evaluate(run: Run, split: Split) -> None:
     run.pipeline.detach()
     with run.watchdog.paused():
         metrics = run.evaluator(split)
+    if split == "validation":
+        run.state.validated(metrics)
     # Batches in flight have exchanged their ids; attached without this, the pipeline would begin that exchange again,
     # and lose the sizes of the first on several ranks.
     run.pipeline.attach(sparse_dist=False)
@@ -194,7 +196,8 @@ def finish(run: Run) -> None:
     for split in run.evaluator.held_out:
         if split not in done:
             evaluate(run, split)
-    if not on_main(run.world, (checkpoint_folder(run.saver.home, run.state.step) / MANIFEST).is_file):
+    if not on_main(run.world, lambda: run.saver.has(run.state.step)):
+        wait_for_save(run)  # one in flight, on slow storage, would have this one left out
         save(run)
     error = wait_for_save(run)
     tell_missing(run)
@@ -224,13 +227,19 @@ def catch_up(run: Run) -> None:
     """Evaluate the step that is continued from, if it was due: a process that had to stop saves it without."""
     step = run.state.step
     due = step > 0 and every(run.config.trainer.evaluate_every, step)
-    if due and step < run.total_steps and "validation" not in splits_done(run):
+    if not due or step >= run.total_steps:
+        return
+    if "validation" not in (done := splits_done(run)):
         evaluate(run, "validation")
+    else:
+        # Evaluated by a process that ended before it could save that.
+        run.state.validated(metrics_in(done["validation"]))
 
 
-def splits_done(run: Run) -> set[str]:
-    """The splits that have a line of metrics about the present step."""
+def splits_done(run: Run) -> dict[str, dict[str, Any]]:
+    """The splits that have a line of metrics about the present step, with that line."""
     step = run.state.step
     return on_main(
-        run.world, lambda: {line["split"] for line in read_lines(run.out / METRICS_FILE) if line["step"] == step}
+        run.world,
+        lambda: {line["split"]: line for line in read_lines(run.out / METRICS_FILE) if line["step"] == step},
     )

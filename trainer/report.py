@@ -16,10 +16,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ..data.faults import Fault, SkippedSample
-from .incidents import INCIDENTS_FILE
-from .journal import REMIND_SECONDS, Journal, cut_after, tell
+from .journal import INCIDENTS_FILE, METRICS_FILE, REMIND_SECONDS, Journal, cut_after, tell
 
-METRICS_FILE = "metrics.jsonl"
+
+def metrics_in(line: Mapping[str, Any]) -> dict[str, float | None]:
+    """The metrics of a line, without what they are about."""
+    return {key: value for key, value in line.items() if key not in ("step", "epoch", "split", "time")}
 
 
 def forget_after(out: Path, step: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..data.errors import UserError
@@ -15,7 +15,7 @@ from .config import Config
 from .evaluate import Evaluator
 from .journal import tell
 from .loop import Run
-from .manifest import DamagedError, Manifest, complete_checkpoints, newest_at
+from .manifest import checkpoints_at, complete_checkpoints, newest_readable, use_newest
 from .optimizer import Optimizer
 from .parallel import World, on_main
 from .pipeline import GuardedPipeline
@@ -45,6 +45,7 @@ def open_run(
     fingerprint = load_dataset(config).fingerprint
     complete = on_main(world, lambda: _own_checkpoints(config, out, fingerprint, fresh=fresh))
     with assemble(config, out, world, complete, request=request or StopRequest(), owns=True) as run:
+        run.saver.prepare(run.trainable.pieces(world))
         yield run
 
 
@@ -130,7 +131,7 @@ def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool) ->
         raise UserError(f"cannot look for checkpoints in {home}: {error}; check checkpoint.path and its keys") from None
     if fresh and (complete or (out / CONFIG_FILE).exists()):
         raise UserError(f"--fresh: {out} already holds a run; choose another --out, or delete that folder")
-    manifest = _newest_readable(complete)
+    manifest = newest_readable(complete)
     if manifest is None:
         return complete
     if manifest.dataset != dataset:
@@ -146,14 +147,6 @@ def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool) ->
     return complete
 
 
-def _newest_readable(complete: list[Location]) -> Manifest | None:
-    """The manifest of the newest checkpoint that has a readable one; what loads it tells of the others."""
-    for folder in reversed(complete):
-        with suppress(DamagedError):
-            return Manifest.read(folder)
-    return None
-
-
 def _take_up(
     trainable: Trainable, complete: list[Location], config: Config, world: World, *, owns: bool
 ) -> Location | None:
@@ -164,11 +157,11 @@ def _take_up(
             tell(text)
 
     if complete:
-        return checkpoint.load_newest(trainable, complete, world=world, say=say, set_aside=owns)
+        return checkpoint.load_newest(trainable, complete, world=world, say=say, owns=owns)
     if config.checkpoint.start_from is not None:
-        start = on_main(world, lambda: newest_at(location(config.checkpoint.start_from or "")))
-        checkpoint.load_start(trainable, start, world=world)
-        say(f"beginning with the weights of {start}")
+        starts = on_main(world, lambda: checkpoints_at(location(config.checkpoint.start_from or "")))
+        start = use_newest(starts, lambda folder: checkpoint.load_start(trainable, folder, world=world), say=say)
+        say(f"beginning with the weights of {start.folder}")
     return None
 
 
