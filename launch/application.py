@@ -127,6 +127,9 @@ def build(
         env={
             "OMP_NUM_THREADS": str(max(1, launch.cpus_per_node // size.procs)),
             "PYTHONUNBUFFERED": "1",
+            # Else agents of torch 2.13 remember where the ranks met first, and when the loss of a node has made another
+            # one the first, ranks of the rest look for its store in the old place.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1" if size.nodes > 1 else "0",
         },
         num_replicas=size.nodes,
         min_replicas=size.min_nodes,

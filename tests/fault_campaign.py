@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from process_group import limit_files
 from small_runs import audit, audited_steps, config_of, differing, final_tensors, lines, losses, make_dataset
 
 from ultrarec.trainer.manifest import MANIFEST, all_checkpoints, complete_checkpoints, step_of
@@ -128,9 +129,8 @@ def arm(fault: Fault, strikes: Any) -> None:
 def strike(fault: Fault, strikes: Any) -> None:
     strikes.put(fault.kind)
     if fault.kind == "disk full":
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (DISK_BYTES, hard))
-        threading.Timer(0.5, resource.setrlimit, (resource.RLIMIT_FSIZE, (hard, hard))).start()
+        limit_files(DISK_BYTES)
+        threading.Timer(0.5, limit_files, (resource.RLIM_INFINITY,)).start()
         return
     signals = {"terminate": signal.SIGTERM, "stop": signal.SIGSTOP}
     os.kill(os.getpid(), signals.get(fault.kind, signal.SIGKILL))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+import resource
 import sys
 import tempfile
 import traceback
@@ -47,6 +48,19 @@ def run_ranks(function: Callable[..., Any], *args: Any, world_size: int) -> list
     if failures:
         raise RuntimeError("\n".join(failures))
     return [value for _, value in results]
+
+
+def writer_processes() -> list[int]:
+    """Ids of the processes that write this process's checkpoints."""
+    children = [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+    return [pid for pid in children if b"ultrarec.trainer.writer" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def limit_files(size: int) -> None:
+    """Let this process, and those that write its checkpoints, write no file larger than this: a disk that is full."""
+    for pid in (os.getpid(), *writer_processes()):
+        hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, hard))
 
 
 def _result(receiver: Connection) -> tuple[bool, Any]:

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ..data.errors import UserError
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     silence()
     # Heavy imports wait until the configuration is known to be good.
     from .health import NotFiniteError
+    from .journal import tell
     from .loop import train
     from .parallel import join
     from .run import open_run
@@ -55,10 +57,11 @@ def run(args: argparse.Namespace) -> int:
             return 1
         except StopRequested as stop:
             if world.is_main:
-                print(f"{stop}; the same command continues the run", file=sys.stderr)
+                tell(f"{stop}; the same command continues the run")
             return stop.exit_code
-        if world.is_main:
-            print(summary(out, checkpoint_home(config.checkpoint, out)), flush=True)
+        with suppress(OSError):  # stdout may be a file on a full disk; the run is complete all the same
+            if world.is_main:
+                print(summary(out, checkpoint_home(config.checkpoint, out)), flush=True)
     return 0
 
 
@@ -75,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") != "0":
             # Mostly every rank finds the same fault; torchrun ends them all once rank 0 has said it and ended.
             time.sleep(SECONDS_FOR_RANK_0)
-        print(f"error: {error}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"error: {error}", file=sys.stderr)
         return 2
 
 

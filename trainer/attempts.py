@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 _FINAL = "final_exit_code"
@@ -12,14 +13,15 @@ def remember_final(exit_code: int) -> None:
     """Let this job's later attempts on this node end at once with the same code."""
     folder = _own_folder()
     if folder is not None:
-        (folder / _FINAL).write_text(str(exit_code))
+        with suppress(OSError):  # without room for it, the next attempt finds the same error
+            (folder / _FINAL).write_text(str(exit_code))
 
 
 def final_exit_code() -> int | None:
     """The code with which an earlier attempt of this job ended for good, if one did."""
     folder = _own_folder()
     earlier = folder.parents[1].glob(f"attempt_*/*/{_FINAL}") if folder is not None else iter(())
-    return next((int(path.read_text()) for path in earlier), None)
+    return next((int(text) for path in earlier if (text := path.read_text())), None)
 
 
 def _own_folder() -> Path | None:

@@ -4,8 +4,9 @@ OUT/checkpoints/step-00000100/
     rank-R.safetensors   what rank R held: shards of tables and of their optimizer state, its share of the dense
                          weights and of AdamW's state, its random numbers and open metrics
     index.json           of every tensor: type, shape, and which part of it lies where
-    manifest.json        written last: step, world size, position in the data, files with sizes and checksums,
-                         versions, hash of the configuration; a folder without it is not a checkpoint
+    manifest.json        written last: step, world size, position in the data, files with sizes and checksums, metrics
+                         of validations, versions, hash of the configuration, and a checksum of all that; a folder
+                         without it is not a checkpoint
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from ..data.errors import UserError
 from ..data.loader import LoaderState
 from ..embeddings.shards import local_shards
 from .canonical import load_table, load_whole, table_pieces
-from .manifest import DAMAGED, MANIFEST, DamagedError, Manifest
+from .manifest import DamagedError, Manifest, use_newest
 from .optimizer import Optimizer
 from .parallel import World, gather_objects, on_main
 from .pieces import Piece, Source
+from .retention import set_aside
 from .state import TrainState
-from .storage import Location, put
+from .storage import Location
 
 TABLES = "lookup."
 """What names of the tables begin with in a recommender's state dict."""
@@ -80,6 +82,7 @@ def load(trainable: Trainable, folder: Location, *, world: World) -> Manifest:
 
     manifest = _together(folder, world, fill)
     state.step, state.batches = manifest.step, manifest.batches
+    state.validations = dict(manifest.validations)
     state.loader = LoaderState(manifest.loader.epoch, manifest.loader.consumed)
     # fbgemm counts updates for Adam's bias correction outside its state.
     trainable.optimizer.sparse.set_optimizer_step(manifest.batches)
@@ -87,33 +90,21 @@ def load(trainable: Trainable, folder: Location, *, world: World) -> Manifest:
 
 
 def load_newest(
-    trainable: Trainable, folders: Sequence[Location], *, world: World, say: Callable[[str], None], set_aside: bool
+    trainable: Trainable, folders: Sequence[Location], *, world: World, say: Callable[[str], None], owns: bool
 ) -> Location:
     """Load the newest of some complete checkpoints that is undamaged; a damaged one is told.
 
     Args:
-        set_aside: a damaged one counts no more from now on, as its run goes on; else nothing is written.
+        owns: damaged ones are set aside, as their run goes on; else nothing is written.
 
     Raises:
         UserError: all are damaged, or the newest undamaged one does not fit.
     """
-
-    def loads(folder: Location) -> bool:
-        try:
-            load(trainable, folder, world=world)
-        except DamagedError as error:
-            say(f"ATTENTION: {error}; looking for the checkpoint before it")
-            if set_aside:
-                on_main(world, lambda: _set_aside(folder))
-            return False
-        return True
-
-    if (newest := next(filter(loads, reversed(folders)), None)) is not None:
-        return newest
-    raise UserError(
-        f"all {len(folders)} complete checkpoints of this run are damaged, {folders[0]} the oldest of them; a run that "
-        f"goes on puts {DAMAGED} in place of their manifests. Restore the files from a copy, or choose another --out"
-    )
+    used = use_newest(folders, lambda folder: load(trainable, folder, world=world), say=say)
+    # Only now: where all are damaged, the memory of this machine may be at fault, and none of them.
+    for folder in used.damaged if owns else ():
+        on_main(world, lambda folder=folder: set_aside(folder))  # type: ignore[misc]
+    return used.folder
 
 
 def load_start(trainable: Trainable, folder: Location, *, world: World) -> None:
@@ -166,9 +157,3 @@ def _rank_states(source: Source, world_size: int) -> list[dict[str, Tensor]]:
         if found := re.fullmatch(r"rank/(\d+)/(\w+)", name):
             states[int(found[1])][found[2]] = source.tensor(name)
     return states
-
-
-def _set_aside(folder: Location) -> None:
-    """Take a damaged checkpoint out of those that are complete, and keep it for whoever wants to look at it."""
-    put(folder / DAMAGED, (folder / MANIFEST).read_bytes())
-    (folder / MANIFEST).unlink()

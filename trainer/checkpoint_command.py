@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.errors import UserError
 from .config import load_config
-from .manifest import MANIFEST, Manifest, all_checkpoints, newest_at, step_of
+from .manifest import MANIFEST, DamagedError, Manifest, all_checkpoints, checkpoints_at, step_of, use_newest
 from .storage import Location, checkpoint_home, location
 
 if TYPE_CHECKING:
@@ -48,11 +49,9 @@ def run(args: argparse.Namespace) -> int:
     """Carry out the chosen action; returns the exit code."""
     place = _home(args.path)
     if args.action == "diff":
-        return diff(newest_at(place), newest_at(_home(args.other)))
+        return diff(_newest_whole(place), _newest_whole(_home(args.other)))
     if args.action == "export":
-        from .export import export
-
-        return export(newest_at(place), args.out, dataset=args.dataset or _dataset_of(args.path))
+        return export(place, args.out, dataset=args.dataset or _dataset_of(args.path))
     return {"list": list_checkpoints, "verify": verify, "inspect": inspect}[args.action](place)
 
 
@@ -64,7 +63,11 @@ def list_checkpoints(place: Location) -> int:
         if not (folder / MANIFEST).is_file():
             print(f"{step_of(folder) or 0:>10}  {'':>5}  {'':>5}  {'incomplete':>14}  {folder}")
             continue
-        manifest = Manifest.read(folder)
+        try:
+            manifest = Manifest.read(folder)
+        except DamagedError:
+            print(f"{step_of(folder) or 0:>10}  {'':>5}  {'':>5}  {'damaged':>14}  {folder}")
+            continue
         print(
             f"{manifest.step:>10}  {manifest.loader.last_epoch:>5}  {manifest.world_size:>5}  "
             f"{manifest.bytes:>14,}  {folder}"
@@ -79,7 +82,7 @@ def verify(place: Location) -> int:
         raise UserError(f"{place} holds no complete checkpoint")
     damaged = False
     for folder in folders:
-        problems = Manifest.read(folder).problems(folder)
+        problems = _problems(folder)
         damaged |= bool(problems)
         print(
             f"{'DAMAGED' if problems else 'ok':<8} {folder}{''.join(f'{chr(10)}         {line}' for line in problems)}"
@@ -89,13 +92,17 @@ def verify(place: Location) -> int:
 
 def inspect(place: Location) -> int:
     """Print the manifest and the tensors."""
-    source = _open(newest_at(place))
+    source = use_newest(checkpoints_at(place), _open, say=_say).value
     manifest = source.manifest
     print(
         f"{source.folder}\nstep {manifest.step}, written by {manifest.world_size} rank(s), "
         f"continues at sample {manifest.loader.consumed} of epoch {manifest.loader.epoch}, dataset {manifest.dataset}"
     )
-    print(f"configuration {manifest.config_hash}, versions {manifest.versions}\n")
+    print(f"configuration {manifest.config_hash}, versions {manifest.versions}")
+    for step, metrics in sorted(manifest.validations.items()):
+        shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if value is not None)
+        print(f"validation of step {step}: {shown}")
+    print()
     print(f"{'bytes':>14}  {'pieces':>6}  {'type':<5} {'shape':<18} tensor")
     for name, entry in sorted(source.entries.items()):
         print(f"{entry.bytes:>14,}  {len(entry.chunks):>6}  {entry.dtype:<5} {list(entry.shape)!s:<18} {name}")
@@ -109,6 +116,39 @@ def diff(left: Location, right: Location) -> int:
     lines = list(differences(_open(left), _open(right)))
     print("\n".join(lines) if lines else f"equal, tensor by tensor: {left} and {right}")
     return int(bool(lines))
+
+
+def export(place: Location, out: Path, *, dataset: Path | None) -> int:
+    """Write a checkpoint for other programs."""
+    if out.exists():
+        # Before torch is imported, which takes seconds.
+        raise UserError(f"--out {out} exists; choose another folder, or delete it")
+    from .export import export
+
+    use_newest(checkpoints_at(place), lambda folder: export(folder, out, dataset=dataset), say=_say)
+    return 0
+
+
+def _newest_whole(place: Location) -> Location:
+    """The newest checkpoint of a place whose every byte is as it was written."""
+
+    def check(folder: Location) -> None:
+        if problems := _problems(folder):
+            raise DamagedError(f"checkpoint {folder} is damaged: {'; '.join(problems)}")
+
+    return use_newest(checkpoints_at(place), check, say=_say).folder
+
+
+def _problems(folder: Location) -> list[str]:
+    """What is wrong with a checkpoint, its manifest included; reads all of it."""
+    try:
+        return Manifest.read(folder).problems(folder)
+    except DamagedError:
+        return [f"{MANIFEST} has another checksum than it says"]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _open(folder: Location) -> Source:
@@ -136,8 +176,8 @@ def _dataset_of(text: str) -> Path | None:
 
 def _folders(place: Location) -> list[Location]:
     """The checkpoint folders at a place: itself, or those of the run."""
-    if step_of(place) is not None and place.is_dir():
-        return [place]
+    if (step_of(place) is not None and place.is_dir()) or (place / MANIFEST).is_file():
+        return [place]  # the second, also where it was set aside as damaged
     folders = all_checkpoints(place)
     if not folders:
         raise UserError(f"{place} is neither a checkpoint nor a run folder with checkpoints/step-*; check the path")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from ..data.errors import UserError
 from .config import CheckpointConfig, Config, load_config
-from .manifest import Manifest, checkpoint_folder, complete_checkpoints, step_of
+from .manifest import checkpoint_folder, complete_checkpoints, newest_readable, step_of, use_newest
 from .noise import silence
 from .storage import Location, checkpoint_home
 
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate every held-out split of the run's dataset and print the metrics; returns the exit code."""
     config = _config_of(args.run_dir, args.set)
-    folder = find_checkpoint(args.run_dir, args.checkpoint, config.checkpoint)
+    folders = find_checkpoints(args.run_dir, args.checkpoint, config.checkpoint)
     silence()
     from . import checkpoint
     from .build import build_recommender, load_dataset, shard
@@ -42,20 +43,25 @@ def run(args: argparse.Namespace) -> int:
     from .summary import describe
 
     info = load_dataset(config)
-    trained_on = Manifest.read(folder).dataset
-    if trained_on != info.fingerprint:
+    manifest = newest_readable(folders)
+    if manifest is not None and (trained_on := manifest.dataset) != info.fingerprint:
         raise UserError(
-            f"{folder} was trained on another dataset than {config.data.path} is now (fingerprints {trained_on} and "
-            f"{info.fingerprint}): ids would mean other items; say where its own is with --set data.path=DIR"
+            f"{folders[-1]} was trained on another dataset than {config.data.path} is now (fingerprints {trained_on} "
+            f"and {info.fingerprint}): ids would mean other items; say where its own is with --set data.path=DIR"
         )
     with join(config.trainer) as world:
         sharded = shard(build_recommender(config, info), config, world)
-        manifest = checkpoint.load_weights(sharded.parallel, folder, world=world)
+        used = use_newest(
+            folders,
+            lambda folder: checkpoint.load_weights(sharded.parallel, folder, world=world),
+            say=lambda text: print(text, file=sys.stderr) if world.is_main else None,
+            as_given=lambda folder: f"--checkpoint {step_of(folder)}",
+        )
         evaluator = Evaluator(config, info, world, sharded.parallel)
         if not evaluator.held_out:
             raise UserError(f"{config.data.path} holds nothing out; prepare it with --leave-last or --split-time")
         for split in evaluator.held_out:
-            metrics = {"step": manifest.step, **evaluator(split)}
+            metrics = {"step": used.value.step, **evaluator(split)}
             if world.is_main:
                 print(f"{describe(split, metrics)}\n", flush=True)
     return 0
@@ -68,10 +74,8 @@ def _config_of(run_dir: Path, overrides: list[str]) -> Config:
     return load_config(str(path), overrides)
 
 
-def find_checkpoint(run_dir: Path, choice: str, config: CheckpointConfig | None = None) -> Location:
-    """The complete checkpoint of a run that `STEP`, `latest` or `best` names."""
-    from .retention import ranked, scores
-
+def find_checkpoints(run_dir: Path, choice: str, config: CheckpointConfig | None = None) -> list[Location]:
+    """The complete checkpoints of a run that may serve as `STEP`, `latest` or `best`: one, or all of them, by step."""
     config = config or CheckpointConfig()
     home = checkpoint_home(config, run_dir)
     complete = complete_checkpoints(home)
@@ -79,16 +83,28 @@ def find_checkpoint(run_dir: Path, choice: str, config: CheckpointConfig | None 
     if not complete:
         raise UserError(f"{home} holds no complete checkpoint")
     if choice == "latest":
-        return complete[-1]
+        return complete
     if choice == "best":
-        known = scores(run_dir, config.best_metric)
-        best = ranked([step for step in steps if step in known], known)[:1]
-        if not best:
-            raise UserError(
-                f"no checkpoint of {run_dir} has a validation line with values in metrics.jsonl; "
-                f"use latest or a step of {steps}"
-            )
-        return checkpoint_folder(home, best[0])
+        return [checkpoint_folder(home, _best(run_dir, complete, steps, config))]
     if not choice.isdigit() or int(choice) not in steps:
         raise UserError(f"--checkpoint {choice}: expected latest, best or one of the steps {steps}")
-    return checkpoint_folder(home, int(choice))
+    return [checkpoint_folder(home, int(choice))]
+
+
+def _best(run_dir: Path, complete: list[Location], steps: list[int], config: CheckpointConfig) -> int:
+    """The step of the best checkpoint by its validation, as the newest one knows it, or a line of metrics after it."""
+    from .journal import METRICS_FILE, read_lines
+    from .retention import ranked, scores
+
+    lines = read_lines(run_dir / METRICS_FILE)
+    validations = {line.pop("step"): line for line in lines if line["split"] == "validation"}
+    if (manifest := newest_readable(complete)) is not None:
+        validations |= manifest.validations
+    known = scores(validations, config.best_metric)
+    best = ranked([step for step in steps if step in known], known)[:1]
+    if not best:
+        raise UserError(
+            f"no checkpoint of {run_dir} has a validation with values of {config.best_metric or 'the default metric'}; "
+            f"use latest or a step of {steps}"
+        )
+    return best[0]

@@ -26,8 +26,8 @@ ROWS = 65_536
 """Rows of a table in memory at a time, and in one row group."""
 
 
-def export(folder: Location, out: Path, *, dataset: Path | None) -> int:
-    """Write `out`, which appears when it is complete; returns the exit code.
+def export(folder: Location, out: Path, *, dataset: Path | None) -> None:
+    """Write `out`, which must not exist and appears when it is complete.
 
         out/dense.safetensors        dense weights by the names they have in the model
         out/tables/TABLE.parquet     row int64, vector list of float32[dim]; for items also item_id, as in the log,
@@ -35,10 +35,9 @@ def export(folder: Location, out: Path, *, dataset: Path | None) -> int:
         out/export.json              step, fingerprint of the dataset, tables with rows and columns
 
     Raises:
-        UserError: `out` exists, the checkpoint is damaged, or the dataset is not the one it was trained on.
+        DamagedError: the checkpoint is damaged.
+        UserError: `out` cannot be written, or the dataset is not the one it was trained on.
     """
-    if out.exists():
-        raise UserError(f"--out {out} exists; choose another folder, or delete it")
     source = Source(folder)
     names = _original_ids(source, dataset)
     temporary = out.with_name(f".{out.name}.tmp")
@@ -55,7 +54,6 @@ def export(folder: Location, out: Path, *, dataset: Path | None) -> int:
     print(f"step {source.manifest.step} of {folder} exported to {out}")
     if names is None:
         print("item ids are dense ids: give the prepared dataset with --dataset DIR for those of the log")
-    return 0
 
 
 def _write(source: Source, out: Path, item_ids: pa.Array | None) -> None:

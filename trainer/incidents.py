@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .health import NotFiniteError
+from .journal import INCIDENTS_FILE
 from .parallel import gather_objects
 
 if TYPE_CHECKING:
     from .loop import Run
     from .step import Consumed, Step
-
-INCIDENTS_FILE = "incidents.jsonl"
 
 
 def inspect(run: Run, step: Step) -> None:
@@ -50,19 +46,7 @@ def _faults(step: Step) -> list[str]:
 def _report(run: Run, consumed: Consumed, *, kind: str, what: str) -> None:
     """One line with the rows of all ranks; every rank takes part."""
     rows = [row for part in gather_objects(consumed.batch.samples.tolist()) for row in part]
-    if not run.world.is_main:
-        return
     replay = f"ultrarec replay {run.out} {run.state.step}"
     line: dict[str, Any] = {"step": run.state.step, "epoch": run.state.epoch, "kind": kind, "what": what}
-    with (run.out / INCIDENTS_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**line, "rows": rows, "replay": replay}) + "\n")
+    run.reporter.incident({**line, "rows": rows, "replay": replay})
     run.reporter.say(f"step {run.state.step}: {kind} ({what}); its {len(rows)} rows: {INCIDENTS_FILE}; again: {replay}")
-
-
-def sync(out: Path) -> None:
-    """Make every line written so far survive the machine, before a checkpoint claims its step."""
-    path = out / INCIDENTS_FILE
-    if path.exists():
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,10 +16,10 @@ from . import incidents
 from .checkpoint import Trainable
 from .config import Config
 from .evaluate import Evaluator
-from .manifest import MANIFEST, checkpoint_folder
-from .parallel import World, on_main, sum_over_ranks
+from .journal import METRICS_FILE, Journal, read_lines
+from .parallel import World, gather_objects, on_main, sum_over_ranks
 from .pipeline import GuardedPipeline
-from .report import METRICS_FILE, Audit, Reporter, SkipLog, read_lines
+from .report import Audit, Reporter, SkipLog, metrics_in
 from .saver import Saver
 from .signals import StopRequested
 from .state import TrainState, Window
@@ -68,6 +69,11 @@ class Run:
         """Progress of the run."""
         return self.trainable.state
 
+    @property
+    def journals(self) -> list[Journal]:
+        """The files of lines that this rank appends to."""
+        return [*self.reporter.journals, self.skips.journal, *([self.audit.journal] if self.audit is not None else [])]
+
 
 def train(run: Run) -> None:
     """Train to the last step, then evaluate and save; of a finished run, do what is missing.
@@ -87,7 +93,9 @@ def train(run: Run) -> None:
         if step.signum:
             wait_for_save(run)
             save(run)
-            raise StopRequested(step.signum, run.state.step, error=wait_for_save(run))
+            error = wait_for_save(run)
+            tell_missing(run)
+            raise StopRequested(step.signum, run.state.step, error=error)
         if every(config.trainer.evaluate_every, run.state.step):
             evaluate(run, "validation")
         if every(config.checkpoint.every, run.state.step) and run.state.step < run.total_steps:
@@ -128,8 +136,9 @@ def log(run: Run, step: Step) -> None:
     """Write a line about the steps since the last one, over all ranks."""
     loss_sum, labels = sum_over_ranks(run.state.window.totals()).tolist()
     meter = run.meter
-    counted = [meter.samples, meter.tokens, meter.skipped, run.throughput.read()]
-    samples, tokens, skipped, flops = sum_over_ranks(torch.tensor(counted, dtype=torch.float64)).tolist()
+    unwritten = sum(journal.missing for journal in run.journals)
+    counted = [meter.samples, meter.tokens, meter.skipped, run.throughput.read(), unwritten]
+    samples, tokens, skipped, flops, unwritten = sum_over_ranks(torch.tensor(counted, dtype=torch.float64)).tolist()
     seconds = time.monotonic() - run.meter.start
     per_rank = over_ranks(run.timer.read(), steps=run.meter.steps)
     run.reporter.write(
@@ -146,6 +155,7 @@ def log(run: Run, step: Step) -> None:
             "skipped_batches": run.state.health.skipped,
             **metrics_of(per_rank),
             **({"failed_saves": run.saver.failures} if run.saver.failures else {}),
+            **({"unwritten_lines": int(unwritten)} if unwritten else {}),
             **({"skipped_samples": skipped} if run.config.data.bad_data == "skip" else {}),
         }
     )
@@ -162,6 +172,8 @@ def evaluate(run: Run, split: Split) -> None:
     run.pipeline.detach()
     with run.watchdog.paused():
         metrics = run.evaluator(split)
+    if split == "validation":
+        run.state.validated(metrics)
     # Batches in flight have exchanged their ids; attached without this, the pipeline would begin that exchange again,
     # and lose the sizes of the first on several ranks.
     run.pipeline.attach(sparse_dist=False)
@@ -170,10 +182,9 @@ def evaluate(run: Run, split: Split) -> None:
 
 
 def save(run: Run) -> None:
-    """Begin to write a checkpoint; the metrics and audit up to its step are on disk before it counts as complete."""
+    """Begin to write a checkpoint; it is complete once the lines about its steps are on disk, if there is room."""
     start = time.monotonic()
-    audit = [run.audit.sync] if run.audit is not None else []
-    sync = [run.reporter.sync, run.skips.sync, *audit, lambda: incidents.sync(run.out)]
+    sync = [journal.sync for journal in run.journals]
     with run.timer.phase("checkpoint"), run.watchdog.paused():
         run.saver.save(run.trainable.pieces(run.world), run.state, sync=sync)
     run.meter.start += time.monotonic() - start
@@ -185,13 +196,25 @@ def finish(run: Run) -> None:
     for split in run.evaluator.held_out:
         if split not in done:
             evaluate(run, split)
-    if not on_main(run.world, (checkpoint_folder(run.saver.home, run.state.step) / MANIFEST).is_file):
+    if not on_main(run.world, lambda: run.saver.has(run.state.step)):
+        wait_for_save(run)  # one in flight, on slow storage, would have this one left out
         save(run)
-    if error := wait_for_save(run):
+    error = wait_for_save(run)
+    tell_missing(run)
+    if error:
         raise UserError(
             f"the last step's checkpoint could not be written to {run.saver.home}: {error}; mend that and "
             "give the same command again: the run continues from its newest complete checkpoint"
         )
+
+
+def tell_missing(run: Run) -> None:
+    """Say at the end what the files of all ranks lack, since there was no room for it."""
+    for journal in run.journals:
+        journal.sync()
+    own = {str(journal.path): journal.missing for journal in run.journals if journal.missing}
+    for path, missing in (each for lacking in gather_objects(own) for each in lacking.items()):
+        run.reporter.say(f"ATTENTION: {path} lacks {missing} line(s): there was no room for them, and none came")
 
 
 def wait_for_save(run: Run) -> str | None:
@@ -204,13 +227,19 @@ def catch_up(run: Run) -> None:
     """Evaluate the step that is continued from, if it was due: a process that had to stop saves it without."""
     step = run.state.step
     due = step > 0 and every(run.config.trainer.evaluate_every, step)
-    if due and step < run.total_steps and "validation" not in splits_done(run):
+    if not due or step >= run.total_steps:
+        return
+    if "validation" not in (done := splits_done(run)):
         evaluate(run, "validation")
+    else:
+        # Evaluated by a process that ended before it could save that.
+        run.state.validated(metrics_in(done["validation"]))
 
 
-def splits_done(run: Run) -> set[str]:
-    """The splits that have a line of metrics about the present step."""
+def splits_done(run: Run) -> dict[str, dict[str, Any]]:
+    """The splits that have a line of metrics about the present step, with that line."""
     step = run.state.step
     return on_main(
-        run.world, lambda: {line["split"] for line in read_lines(run.out / METRICS_FILE) if line["step"] == step}
+        run.world,
+        lambda: {line["split"]: line for line in read_lines(run.out / METRICS_FILE) if line["step"] == step},
     )

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from ..data.errors import UserError
 from .storage import Location, entries_of, put, size_of
 
+Value = TypeVar("Value")
+
 MANIFEST = "manifest.json"
-DAMAGED = "manifest.damaged.json"
-"""What the manifest of a checkpoint is renamed to that failed its checks when a run wanted to continue from it."""
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class DamagedError(UserError):
@@ -69,6 +72,8 @@ class Manifest:
     """Ranks that wrote it."""
     loader: Position
     files: list[FileRecord]
+    validations: dict[int, dict[str, float | None]]
+    """By step, metrics of the validation split: of every checkpoint that was kept, and the best so far."""
     dataset: str
     """Fingerprint of the prepared dataset it was trained on."""
     versions: dict[str, str]
@@ -87,24 +92,23 @@ class Manifest:
         path = folder / MANIFEST
         try:
             content = path.read_bytes()
-            _check_version(path, content)
-            return TypeAdapter(Manifest).validate_json(content)
         except FileNotFoundError:
             raise UserError(
                 f"{folder} is no complete checkpoint: it has no {MANIFEST}, which is written last"
             ) from None
-        except ValidationError as error:
-            fault = error.errors()[0]
-            place = ".".join(str(part) for part in fault["loc"])
-            raise DamagedError(
-                f"{path} is not a readable manifest ({place}: {fault['msg']}); delete that folder to use an older one"
-            ) from None
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        body = content[: -len(_seal(b""))]
+        is_whole = content == body + _seal(body)
+        _refuse_other_version(path, content, is_whole=is_whole)
+        if not is_whole:
+            raise DamagedError(f"checkpoint {folder} is damaged: {MANIFEST} has another checksum than it says")
+        return TypeAdapter(Manifest).validate_json(content)
 
     def write(self, folder: Location) -> None:
         """Write atomically: readers see no manifest or all of it."""
-        put(folder / MANIFEST, json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode())
+        body = json.dumps(dataclasses.asdict(self), separators=(",", ":")).removesuffix("}").encode()
+        put(folder / MANIFEST, body + _seal(body))
 
     @property
     def bytes(self) -> int:
@@ -116,12 +120,22 @@ class Manifest:
         return [problem for record in self.files if (problem := file_problem(folder, record))]
 
 
-def _check_version(path: Location, content: bytes) -> None:
+def _seal(body: bytes) -> bytes:
+    """How a manifest ends, whose text up to there is `body`: a last entry with the checksum of that text.
+
+    Every flipped bit is seen: it changes the checksum, or makes this end another one.
+    """
+    return b',"crc32":"%08x"}' % zlib.crc32(body)
+
+
+def _refuse_other_version(path: Location, content: bytes, *, is_whole: bool) -> None:
+    """Tell a manifest of another version of this program from a damaged one: up to version 2 they had no checksum."""
     try:
-        version = json.loads(content).get("format_version", FORMAT_VERSION)
-    except (ValueError, AttributeError):
-        return  # no JSON, or no object: the caller's validation says so
-    if version != FORMAT_VERSION:
+        values = json.loads(content)
+        version, has_checksum = values["format_version"], "crc32" in values
+    except (ValueError, KeyError, TypeError):
+        return
+    if version != FORMAT_VERSION and (is_whole or not has_checksum):
         raise UserError(f"{path} has format version {version}; this version of ultrarec reads {FORMAT_VERSION}")
 
 
@@ -169,18 +183,79 @@ def complete_checkpoints(home: Location) -> list[Location]:
     return [folder for folder in all_checkpoints(home) if (folder / MANIFEST).is_file()]
 
 
-def newest_at(place: Location) -> Location:
-    """The checkpoint that a place names: itself, or the newest complete one of the run folder that it is.
+def checkpoints_at(place: Location) -> list[Location]:
+    """What a place names: itself if it is a complete checkpoint, or the complete ones of the run folder it is, by step.
 
     Raises:
         UserError: it is neither.
     """
     if (place / MANIFEST).is_file():
-        return place
-    complete = complete_checkpoints(place)
-    if not complete:
-        raise UserError(f"{place} is no complete checkpoint: neither it nor checkpoints/step-* below has a {MANIFEST}")
-    return complete[-1]
+        return [place]
+    if complete := complete_checkpoints(place):
+        return complete
+    raise UserError(f"{place} is no complete checkpoint: neither it nor checkpoints/step-* below has a {MANIFEST}")
+
+
+def newest_readable(folders: Sequence[Location]) -> Manifest | None:
+    """The manifest of the newest checkpoint that has a readable one; what loads it tells of the others."""
+    for folder in reversed(folders):
+        with suppress(DamagedError):
+            return Manifest.read(folder)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Used(Generic[Value]):
+    """Which checkpoint served, what it gave, and the newer ones that are damaged."""
+
+    folder: Location
+    value: Value
+    damaged: list[Location]
+
+
+def use_newest(
+    folders: Sequence[Location],
+    use: Callable[[Location], Value],
+    *,
+    say: Callable[[str], None],
+    as_given: Callable[[Location], str] = str,
+) -> Used[Value]:
+    """Use the newest undamaged one of complete checkpoints, by step; damaged ones are told and passed over.
+
+    A single one was asked for by name, and nothing else is used for it.
+
+    Args:
+        as_given: how the user would ask for a checkpoint by name.
+
+    Raises:
+        UserError: the only one, or all of them, are damaged.
+    """
+    damaged: list[Location] = []
+
+    def attempt(folder: Location) -> Used[Value] | None:
+        try:
+            return Used(folder, use(folder), damaged)
+        except DamagedError as error:
+            if len(folders) == 1:
+                raise DamagedError(f"{error}; {_instead_of(folder, as_given)}") from None
+            say(f"ATTENTION: {error}; looking for the checkpoint before it")
+            damaged.append(folder)
+            return None
+
+    if (used := next(filter(None, map(attempt, reversed(folders))), None)) is not None:
+        return used
+    raise DamagedError(
+        f"all {len(folders)} complete checkpoints of this run are damaged, {folders[0]} the oldest of them; restore "
+        "their files from a copy, or begin anew with another --out"
+    )
+
+
+def _instead_of(folder: Location, as_given: Callable[[Location], str]) -> str:
+    step = step_of(folder) or 0
+    older = [each for each in complete_checkpoints(folder.parent.parent) if (step_of(each) or 0) < step]
+    if not older:
+        return "there is none before it: restore its files from a copy, or begin anew with another --out"
+    return f"the one before it is {as_given(older[-1])}: give that instead"
 
 
 def step_of(folder: Location) -> int | None:

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import zlib
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +21,11 @@ from torch import Tensor
 
 from .manifest import Block, DamagedError, FileRecord, Manifest, size_problem, wrong_checksum
 from .storage import Location, put
+from .writer import Writer
 
 INDEX = "index.json"
 BLOCK_BYTES = 1 << 24
-"""Bytes of rows with one checksum: few enough that a reader of some rows reads little else, and that a block stays in
-the processor's cache between its checksum and its copy."""
-SYNC_BYTES = 1 << 26
-"""Bytes between two requests to bring a file to disk while it is still being written."""
+"""Bytes of rows with one checksum: few enough that a reader of some rows reads little else."""
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -84,12 +79,13 @@ class Entry:
 
 
 class Image:
-    """The content of a rank's file in host memory, laid out once for pieces of given names, types and shapes.
+    """The content of a rank's file in host memory, laid out once for pieces of given names, types and shapes; a process
+    of its own writes it.
 
     Args:
         file: name of the file.
         pieces: what it holds.
-        pin: allocate page-locked memory, which a GPU can copy to at full speed.
+        pin: lock the memory's pages, so that a GPU can copy to it at full speed.
     """
 
     def __init__(self, file: str, pieces: Sequence[Piece], *, pin: bool) -> None:
@@ -99,7 +95,11 @@ class Image:
         self.signature = signature(pieces)
         header = self._header(pieces)
         size = len(header) + sum(piece.tensor.nbytes for piece in pieces)
-        self.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+        self._writer = Writer(size)
+        self.buffer = torch.frombuffer(self._writer.memory, dtype=torch.uint8)[:size]
+        self._is_pinned = pin
+        if pin:
+            _check_cuda(_cudart().cudaHostRegister(self.buffer.data_ptr(), size, 0))
         self.buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         self.chunks: dict[str, Entry] = {}
         self.ends = [len(header)]
@@ -135,31 +135,35 @@ class Image:
 
     def stage(self, pieces: Sequence[Piece]) -> None:
         """Copy the pieces' present values; when this returns they may change."""
+        self._writer.revive()
         for k, place in zip(self.order, self._places, strict=True):
             place.copy_(pieces[k].tensor.detach(), non_blocking=True)
-        if self.buffer.is_pinned():
+        if self._is_pinned:
             torch.cuda.current_stream().synchronize()
 
     def write(self, folder: Location) -> FileRecord:
-        """Write the file, and make it survive the machine."""
-        content = self.buffer.numpy().data
-        starts = [0, *self.ends[:-1]]
-        blocks = [content[start:end] for start, end in zip(starts, self.ends, strict=True)]
-        path = folder / self.file
-        # Writing, checksumming and bringing to disk run without Python's lock, and so beside each other.
-        with ThreadPoolExecutor(1) as checksummer, ThreadPoolExecutor(1) as syncer, path.open("wb") as file:
-            checksums = checksummer.map(zlib.crc32, blocks)
-            synced: list[Future[None]] = []
-            for end, block in zip(self.ends, blocks, strict=True):
-                file.write(block)
-                if isinstance(path, Path) and end >= (len(synced) + 1) * SYNC_BYTES:
-                    synced.append(syncer.submit(os.fdatasync, file.fileno()))
-            file.flush()
-            for future in synced:
-                future.result()  # an error of the disk is told once only: to the first who asks
-            if isinstance(path, Path):
-                os.fsync(file.fileno())
+        """Write the file, and make it survive the machine.
+
+        Raises:
+            WriteError: the storage failed, or the process that writes died.
+        """
+        checksums = self._writer.write(folder / self.file, self.ends)
         return FileRecord(self.file, [Block(end, crc) for end, crc in zip(self.ends, checksums, strict=True)])
+
+    def close(self) -> None:
+        """End the process that writes, and give up the memory."""
+        self._writer.close()
+        if self._is_pinned:
+            _check_cuda(_cudart().cudaHostUnregister(self.buffer.data_ptr()))
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _check_cuda(code: Any) -> None:
+    if int(code) != 0:
+        raise RuntimeError(f"CUDA could not lock or unlock host memory for checkpoints: error {int(code)}")
 
 
 def signature(pieces: Sequence[Piece]) -> list[tuple[Any, ...]]:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.errors import UserError
+from ..data.storage import load_dataset
 from .config import load_config
-from .manifest import Manifest, complete_checkpoints, step_of
+from .journal import INCIDENTS_FILE, METRICS_FILE, read_lines
+from .manifest import complete_checkpoints, newest_readable, step_of
 from .noise import silence
 from .storage import Location, checkpoint_home
 
@@ -34,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.run_dir} is no run folder: it has no config.toml; check the path")
     config = load_config(str(file))
     complete = complete_checkpoints(checkpoint_home(config.checkpoint, args.run_dir))
+    _check_dataset(config, complete, args.run_dir)
+    _check_step(config, complete, args)
     before = [each for each in complete if (step_of(each) or 0) < args.step]
     silence()
     # Heavy imports wait until the arguments are known to be good.
@@ -45,8 +49,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_dataset(config: Config, complete: list[Location], run_dir: Path) -> None:
+    """Refuse to replay on other data than the run's: a step's rows, and what their ids mean, would be others."""
+    manifest, present = newest_readable(complete), load_dataset(config.data.path).fingerprint
+    if manifest is not None and manifest.dataset != present:
+        raise UserError(
+            f"{run_dir} was trained on another dataset than {config.data.path} is now (fingerprints {manifest.dataset} "
+            f"and {present}); restore that dataset to replay the run"
+        )
+
+
+def _check_step(config: Config, complete: list[Location], args: argparse.Namespace) -> None:
+    """Refuse a step that the run cannot have come to; a run that goes on, or broke off, has some without a line."""
+    lines = [*read_lines(args.run_dir / METRICS_FILE), *read_lines(args.run_dir / INCIDENTS_FILE)]
+    reached = max([0, *(line["step"] for line in lines), *(step_of(each) or 0 for each in complete)])
+    last = config.trainer.max_steps
+    if last is not None and args.step > last:
+        raise UserError(f"step {args.step}: the run has {last} steps")
+    is_finished = any(line.get("split") == "test" for line in lines)
+    if args.step > reached + (0 if is_finished else config.trainer.log_every):
+        raise UserError(f"step {args.step}: {args.run_dir} has come to step {reached}; choose one from 1 to {reached}")
+
+
 def _warn_of_other_ranks(args: argparse.Namespace, before: list[Location], world: World) -> None:
-    ranks = Manifest.read(before[-1]).world_size if before else world.size
+    manifest = newest_readable(before)
+    ranks = manifest.world_size if manifest else world.size
     if ranks != world.size and world.is_main:
         print(
             f"note: the run had {ranks} process(es), this is {world.size}: numbers agree up to rounding, dropout not "

@@ -2,57 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ..data.errors import UserError
 from ..data.faults import Fault, SkippedSample
-from .incidents import INCIDENTS_FILE
-
-METRICS_FILE = "metrics.jsonl"
+from .journal import INCIDENTS_FILE, METRICS_FILE, REMIND_SECONDS, Journal, cut_after, tell
 
 
-def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite a file of JSON lines with those to keep, atomically; a last line cut off by a kill goes too."""
-    if not path.exists():
-        return
-    temporary = path.with_suffix(".tmp")
-    with path.open(encoding="utf-8") as source, temporary.open("w", encoding="utf-8") as target:
-        for line in source:
-            if line.endswith("\n") and keep(_parse(line, path)):
-                target.write(line)
-        target.flush()
-        os.fsync(target.fileno())
-    temporary.replace(path)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The values of a file of JSON lines; none when there is no file, none of a last line cut off by a kill."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [_parse(line, path) for line in file if line.endswith("\n")]
-
-
-def _parse(line: str, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-        if isinstance(value.get("step"), int):
-            return dict(value)
-    except (ValueError, AttributeError):
-        pass
-    raise UserError(f"{path} has a line that no run wrote: {line[:80]!r}; remove that line to continue")
+def metrics_in(line: Mapping[str, Any]) -> dict[str, float | None]:
+    """The metrics of a line, without what they are about."""
+    return {key: value for key, value in line.items() if key not in ("step", "epoch", "split", "time")}
 
 
 def forget_after(out: Path, step: int) -> None:
@@ -61,57 +30,55 @@ def forget_after(out: Path, step: int) -> None:
     """
     by_rank = [*out.glob("audit/rank-*.jsonl"), *out.glob("skipped/rank-*.jsonl")]
     for path in [out / METRICS_FILE, out / INCIDENTS_FILE, *by_rank]:
-        keep_lines(path, lambda line: line["step"] <= step)
+        cut_after(path, step)
 
 
 class Reporter:
     """Writes what happens to the run folder, and shows it; every rank has one, but only rank 0's speaks."""
 
     def __init__(self, out: Path, *, is_main: bool, step: int, total_steps: int) -> None:
-        self._metrics = None
+        self._is_main = is_main
         self._total_steps = total_steps
-        if not is_main:
-            return
-        self._metrics = (out / METRICS_FILE).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-        self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not sys.stderr.isatty())
+        self._metrics, self._incidents = Journal(out / METRICS_FILE), Journal(out / INCIDENTS_FILE)
+        self._board = _Board(out / "tensorboard", purge_step=step + 1)
+        self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not (is_main and sys.stderr.isatty()))
+
+    @property
+    def journals(self) -> list[Journal]:
+        """The files of lines that it writes."""
+        return [self._metrics, self._incidents]
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Record one line of metrics, whose `step`, `epoch` and `split` say what it is about."""
-        if self._metrics is None:
+        if not self._is_main:
             return
         line = {**values, "time": round(time.time(), 3)}
         # JSON knows no NaN; a metric without a value (AUC of equal labels) is null.
         line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
-        for key, value in values.items():
-            if isinstance(value, float):
-                self._board.add_scalar(f"{values['split']}/{key}", value, values["step"])
+        self._metrics.append(line)
+        self._board.add(values)
         self.say(self._headline(values))
+
+    def incident(self, line: Mapping[str, Any]) -> None:
+        """Record a batch to look at again."""
+        if self._is_main:
+            self._incidents.append(line)
 
     def advance(self) -> None:
         """One step is done."""
-        if self._metrics is not None:
-            self._bar.update()
+        self._bar.update()
 
     def say(self, text: str) -> None:
         """Show a line of text to whoever watches rank 0."""
-        if self._metrics is not None:
-            self._bar.write(text, file=sys.stderr)
-            sys.stderr.flush()
-
-    def sync(self) -> None:
-        """Make every line written so far survive the machine, before a checkpoint claims its step."""
-        if self._metrics is not None:
-            os.fsync(self._metrics.fileno())
+        if self._is_main:
+            tell(text)
 
     def close(self) -> None:
         """Flush and close every file."""
-        if self._metrics is not None:
-            self._bar.close()
-            self._board.close()
-            self._metrics.close()
+        self._bar.close()
+        self._board.close()
+        for journal in self.journals:
+            journal.close()
 
     def _headline(self, values: Mapping[str, Any]) -> str:
         shown = " ".join(
@@ -123,29 +90,52 @@ class Reporter:
         return f"step {values['step']}/{self._total_steps} epoch {values['epoch']} {values['split']}: {shown}"
 
 
+class _Board:
+    """TensorBoard's files. What cannot be written to them is left out: metrics.jsonl holds all that they show."""
+
+    def __init__(self, folder: Path, *, purge_step: int) -> None:
+        self._folder, self._purge_step = folder, purge_step
+        self._writer: SummaryWriter | None = None
+        self._retry_at = -math.inf
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Show the numbers of a line of metrics."""
+        if time.monotonic() < self._retry_at:
+            return
+        try:
+            if self._writer is None:
+                self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
+            for key, value in values.items():
+                if isinstance(value, float):
+                    self._writer.add_scalar(f"{values['split']}/{key}", value, values["step"])
+            self._purge_step = values["step"] + 1
+        except OSError as error:
+            tell(
+                f"ATTENTION: cannot write {self._folder}: {error.strerror or error}; {METRICS_FILE} holds what it lacks"
+            )
+            self._retry_at = time.monotonic() + REMIND_SECONDS
+            self.close()
+
+    def close(self) -> None:
+        """Flush and close the newest file."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with suppress(OSError):
+                writer.close()
+
+
 class Audit:
     """Which rows each finished step consumed on this rank: `OUT/audit/rank-R.jsonl`."""
 
     def __init__(self, out: Path, *, rank: int) -> None:
-        path = out / "audit" / f"rank-{rank}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        self.journal = Journal(out / "audit" / f"rank-{rank}.jsonl")
 
     def write(self, *, step: int, epoch: int, samples: list[Tensor], skipped: list[Tensor]) -> None:
         """Record the (file, row, sample) triples that a step consumed, and which of them changed nothing."""
         line: dict[str, Any] = {"step": step, "epoch": epoch, "rows": _rows(samples)}
         if skipped:
             line["skipped"] = _rows(skipped)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-
-    def sync(self) -> None:
-        """Make every line written so far survive the machine."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        self.journal.append(line)
 
 
 def _rows(parts: list[Tensor]) -> list[list[int]]:
@@ -156,38 +146,22 @@ class SkipLog:
     """Which samples were left out as damaged: `OUT/skipped/rank-R.jsonl`, there from the first of them on."""
 
     def __init__(self, out: Path, *, rank: int) -> None:
-        self._path = out / "skipped" / f"rank-{rank}.jsonl"
-        self._file: TextIO | None = None
+        self.journal = Journal(out / "skipped" / f"rank-{rank}.jsonl")
 
     def opened(self, faults: Sequence[Fault]) -> None:
         """Record what opening the dataset found damaged: it belongs to no step, and is written anew by every start."""
-        path = self._path.with_name("opening.jsonl")
+        path = self.journal.path.with_name("opening.jsonl")
         path.unlink(missing_ok=True)
-        if faults:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(asdict(fault)) + "\n" for fault in faults), encoding="utf-8")
+        opening = Journal(path)
+        for fault in faults:
+            opening.append(asdict(fault))
+        opening.close()
 
     def write(self, *, step: int, epoch: int, skipped: Sequence[SkippedSample]) -> None:
         """Record the samples that this rank left out of a step, one line each."""
-        if skipped and self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a", encoding="utf-8")
         for sample in skipped:
             place = {"rows": [[sample.file, sample.row, sample.sample]], "fault": asdict(sample.fault)}
-            assert self._file is not None
-            self._file.write(json.dumps({"step": step, "epoch": epoch, **place}) + "\n")
-        if self._file is not None:
-            self._file.flush()
-
-    def sync(self) -> None:
-        """Make every line written so far survive the machine."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
+            self.journal.append({"step": step, "epoch": epoch, **place})
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, columns: list[str]) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..data.errors import UserError
@@ -14,8 +13,9 @@ from .build import Sharded, build_loader, build_recommender, load_dataset, shard
 from .checkpoint import Trainable
 from .config import Config
 from .evaluate import Evaluator
+from .journal import tell
 from .loop import Run
-from .manifest import DamagedError, Manifest, complete_checkpoints, newest_at
+from .manifest import checkpoints_at, complete_checkpoints, newest_readable, use_newest
 from .optimizer import Optimizer
 from .parallel import World, on_main
 from .pipeline import GuardedPipeline
@@ -23,7 +23,7 @@ from .report import Audit, Reporter, SkipLog, forget_after
 from .saver import Saver
 from .signals import StopRequest
 from .state import TrainState
-from .storage import Location, checkpoint_home, location
+from .storage import Location, checkpoint_home, location, put
 from .throughput import Throughput
 from .timing import Timer
 from .unpipelined import Unpipelined
@@ -45,6 +45,7 @@ def open_run(
     fingerprint = load_dataset(config).fingerprint
     complete = on_main(world, lambda: _own_checkpoints(config, out, fingerprint, fresh=fresh))
     with assemble(config, out, world, complete, request=request or StopRequest(), owns=True) as run:
+        run.saver.prepare(run.trainable.pieces(world))
         yield run
 
 
@@ -116,9 +117,9 @@ def assemble(
         loader.close()
         saver.close()
         reporter.close()
-        skips.close()
+        skips.journal.close()
         if audit is not None:
-            audit.close()
+            audit.journal.close()
 
 
 def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool) -> list[Location]:
@@ -130,7 +131,7 @@ def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool) ->
         raise UserError(f"cannot look for checkpoints in {home}: {error}; check checkpoint.path and its keys") from None
     if fresh and (complete or (out / CONFIG_FILE).exists()):
         raise UserError(f"--fresh: {out} already holds a run; choose another --out, or delete that folder")
-    manifest = _newest_readable(complete)
+    manifest = newest_readable(complete)
     if manifest is None:
         return complete
     if manifest.dataset != dataset:
@@ -146,14 +147,6 @@ def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool) ->
     return complete
 
 
-def _newest_readable(complete: list[Location]) -> Manifest | None:
-    """The manifest of the newest checkpoint that has a readable one; what loads it tells of the others."""
-    for folder in reversed(complete):
-        with suppress(DamagedError):
-            return Manifest.read(folder)
-    return None
-
-
 def _take_up(
     trainable: Trainable, complete: list[Location], config: Config, world: World, *, owns: bool
 ) -> Location | None:
@@ -161,14 +154,14 @@ def _take_up(
 
     def say(text: str) -> None:
         if world.is_main:
-            print(text, file=sys.stderr, flush=True)
+            tell(text)
 
     if complete:
-        return checkpoint.load_newest(trainable, complete, world=world, say=say, set_aside=owns)
+        return checkpoint.load_newest(trainable, complete, world=world, say=say, owns=owns)
     if config.checkpoint.start_from is not None:
-        start = on_main(world, lambda: newest_at(location(config.checkpoint.start_from or "")))
-        checkpoint.load_start(trainable, start, world=world)
-        say(f"beginning with the weights of {start}")
+        starts = on_main(world, lambda: checkpoints_at(location(config.checkpoint.start_from or "")))
+        start = use_newest(starts, lambda folder: checkpoint.load_start(trainable, folder, world=world), say=say)
+        say(f"beginning with the weights of {start.folder}")
     return None
 
 
@@ -193,11 +186,24 @@ def _prepare_folder(config: Config, out: Path, plan: str, step: int) -> None:
     """Write what the run is, and drop what an earlier process wrote about steps that will be trained again."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
-        (out / PLAN_FILE).write_text(plan, encoding="utf-8")
         forget_after(out, step)
+        _write_if_changed(out / CONFIG_FILE, config.to_toml())
+        _write_if_changed(out / PLAN_FILE, plan)
     except OSError as error:
         raise UserError(f"cannot write the run folder {out}: {error.strerror}; choose another --out") from None
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    """Whole or not at all: a run that continues on a full disk keeps what it has, and mostly needs nothing else."""
+    content, exists = text.encode(), path.is_file()
+    if exists and path.read_bytes() == content:
+        return
+    try:
+        put(path, content)
+    except OSError as error:
+        if not exists:
+            raise
+        tell(f"ATTENTION: {path} stays as the run before left it: {error.strerror or error}")
 
 
 def _greeting(out: Path, plan: str, newest: Location | None, world: World, step: int, total_steps: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +50,14 @@ class TrainState:
     loader: LoaderState = field(default_factory=LoaderState)
     window: Window = field(default_factory=Window)
     health: Health = field(default_factory=Health)
+    validations: dict[int, dict[str, float | None]] = field(default_factory=dict)
+    """By step, metrics of the validation split; None for those without a value. They tell which checkpoint is best."""
+
+    def validated(self, metrics: Mapping[str, float | None]) -> None:
+        """Take in what the validation split gave at this step."""
+        self.validations[self.step] = {
+            key: None if value is None or not math.isfinite(value) else value for key, value in metrics.items()
+        }
 
     @property
     def epoch(self) -> int:

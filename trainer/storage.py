@@ -31,6 +31,12 @@ class RemotePath:
         """The last part."""
         return self._path.rsplit("/", 1)[-1]
 
+    @property
+    def parent(self) -> RemotePath:
+        """The place without its last part."""
+        path, shown = self._path.rpartition("/")[0], self._shown.rpartition("/")[0]
+        return RemotePath(path, shown=shown, filesystem=self.filesystem)
+
     def __truediv__(self, name: str) -> RemotePath:
         return RemotePath(f"{self._path}/{name}", shown=f"{self._shown}/{name}", filesystem=self.filesystem)
 
@@ -136,6 +142,7 @@ def make_empty(folder: Location) -> None:
     remove_tree(folder)
     if isinstance(folder, Path):
         folder.mkdir(parents=True)
+        _bring_to_disk(folder.parent)
 
 
 def remove_tree(folder: Location) -> None:
@@ -158,8 +165,12 @@ def put(place: Location, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(place)
-    # The rename itself is on disk only once the folder is.
-    descriptor = os.open(place.parent, os.O_RDONLY)
+    _bring_to_disk(place.parent)
+
+
+def _bring_to_disk(folder: Path) -> None:
+    """Make the names in a folder survive the machine: a rename or a new folder is on disk only once its parent is."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

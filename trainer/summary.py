@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .journal import METRICS_FILE, read_lines
 from .manifest import complete_checkpoints
-from .report import METRICS_FILE, read_lines, table
+from .report import table
 from .storage import Location
 
 

@@ -8,8 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
+
+from .journal import tell
 
 STACKS_FOLDER = "stacks"
 EXIT_CODE = 75
@@ -28,10 +31,8 @@ class Watchdog:
     """
 
     def __init__(self, out: Path, *, rank: int, seconds: float) -> None:
-        folder = out / STACKS_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / f"rank-{rank}.txt"
-        self._file = self._path.open("a", encoding="utf-8")
+        self._path = out / STACKS_FOLDER / f"rank-{rank}.txt"
+        self._file = _open_or_stderr(self._path)
         self._rank, self._seconds = rank, seconds
         self._step, self._since = 0, time.monotonic()
         self._paused = False
@@ -62,9 +63,10 @@ class Watchdog:
         if self._thread.is_alive():
             self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        self._file.close()
-        if self._path.stat().st_size == 0:
-            self._path.unlink()
+        if self._file is not sys.stderr:
+            self._file.close()
+            if self._path.stat().st_size == 0:
+                self._path.unlink()
 
     def _watch(self) -> None:
         while not self._end.wait(self._seconds / LOOKS):
@@ -77,15 +79,30 @@ class Watchdog:
             faulthandler.dump_traceback_later(2 * self._seconds, exit=True, file=self._file)
 
     def _abort(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
         said = (
             f"rank {self._rank}: no step has finished for {self._seconds:g} s, the last was {self._step}; "
-            f"stacks of all threads in {self._path}; aborting (trainer.watchdog_seconds)\n"
+            f"stacks of all threads in {self._file.name}; aborting (trainer.watchdog_seconds)\n"
         )
-        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {said}")
-        self._file.flush()
-        faulthandler.dump_traceback(file=self._file, all_threads=True)
-        os.fsync(self._file.fileno())
-        sys.stderr.write(f"error: {said}")
-        sys.stderr.flush()
+        try:
+            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {said}")
+            self._file.flush()
+            faulthandler.dump_traceback(file=self._file, all_threads=True)
+            os.fsync(self._file.fileno())
+        except OSError:  # no room there; stderr need not be a file of that disk
+            with suppress(OSError):
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        with suppress(OSError):
+            sys.stderr.write(f"error: {said}")
+            sys.stderr.flush()
         time.sleep(GRACE_SECONDS)
         os._exit(EXIT_CODE)
+
+
+def _open_or_stderr(path: Path) -> TextIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        tell(f"ATTENTION: cannot write {path}: {error.strerror}; stacks of a step that hangs will go to stderr")
+        return sys.stderr

@@ -1,6 +1,7 @@
 """What a checkpoint is made of, how it is kept, and what the commands say about it."""
 
 import argparse
+import dataclasses
 import json
 import shutil
 import zlib
@@ -16,6 +17,7 @@ from ultrarec.data.errors import UserError
 from ultrarec.trainer.checkpoint_command import add_arguments, run
 from ultrarec.trainer.manifest import (
     MANIFEST,
+    DamagedError,
     Manifest,
     all_checkpoints,
     checkpoint_folder,
@@ -227,25 +229,24 @@ def test_verify_of_a_checkpoint_without_manifest_is_refused(run_folder, command)
         command("verify", folder)
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("{", "is not a readable manifest"),
-        ("[]", "is not a readable manifest"),
-        ('{"step": 5}', "is not a readable manifest"),
-        ('{"format_version": 2}', "is not a readable manifest"),
-    ],
-)
-def test_a_manifest_that_is_none_is_refused(run_folder, text, told):
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 5}', '{"format_version": 3}'])
+def test_a_manifest_that_is_none_is_damage(run_folder, command, capsys, text):
     folder = checkpoint_folder(run_folder, 5)
     (folder / MANIFEST).write_text(text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(DamagedError, match=r"is damaged: manifest.json has another checksum than it says"):
         Manifest.read(folder)
+    assert command("verify", run_folder) == 1
+    told = f"DAMAGED  {folder}\n         manifest.json has another checksum than it says\n"
+    assert capsys.readouterr().out.startswith(told)
+    assert command("list", run_folder) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["5", "damaged", str(folder)]
 
 
-def test_a_manifest_of_a_later_format_is_refused_with_both_versions(run_folder):
+def test_a_manifest_of_another_format_is_refused_with_both_versions(run_folder):
     folder = checkpoint_folder(run_folder, 5)
-    values = json.loads((folder / MANIFEST).read_text()) | {"format_version": 99}
-    (folder / MANIFEST).write_text(json.dumps(values))
-    with pytest.raises(UserError, match="has format version 99; this version of ultrarec reads 2"):
+    dataclasses.replace(Manifest.read(folder), format_version=99).write(folder)
+    with pytest.raises(UserError, match="has format version 99; this version of ultrarec reads 3"):
+        Manifest.read(folder)
+    (folder / MANIFEST).write_text('{"format_version":2}')
+    with pytest.raises(UserError, match="has format version 2; this version of ultrarec reads 3"):
         Manifest.read(folder)

@@ -262,8 +262,17 @@ def cut_unevenly(tmp_path):
     image = Image("rank-00000.safetensors", pieces, pin=False)
     image.stage(pieces)
     files = [image.write(tmp_path), write_index(tmp_path, [image.chunks])]
+    image.close()
     Manifest(
-        step=1, batches=1, world_size=1, loader=Position(0, 0), files=files, dataset="", versions={}, config_hash=""
+        step=1,
+        batches=1,
+        world_size=1,
+        loader=Position(0, 0),
+        files=files,
+        validations={},
+        dataset="",
+        versions={},
+        config_hash="",
     ).write(tmp_path)
     return Source(tmp_path)
 

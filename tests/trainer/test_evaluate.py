@@ -20,7 +20,7 @@ from ultrarec.trainer.build import build_loader, build_recommender, load_dataset
 from ultrarec.trainer.checkpoint import load_weights
 from ultrarec.trainer.config import Config
 from ultrarec.trainer.evaluate import Evaluator
-from ultrarec.trainer.evaluate_command import add_arguments, find_checkpoint, run
+from ultrarec.trainer.evaluate_command import add_arguments, find_checkpoints, run
 from ultrarec.trainer.manifest import checkpoint_folder, complete_checkpoints
 from ultrarec.trainer.metrics import next_item_metrics, ranking_metrics
 from ultrarec.trainer.parallel import World
@@ -229,11 +229,11 @@ def run_with_lines(folder: Path, source: Path, written: list[dict[str, Any]]) ->
 )
 def test_best_is_the_saved_step_with_the_best_validation(trained, tmp_path, written, best):
     folder = run_with_lines(tmp_path, trained(1)["ranking"], written)
-    assert find_checkpoint(folder, "best") == checkpoint_folder(folder, best)
+    assert find_checkpoints(folder, "best") == [checkpoint_folder(folder, best)]
 
 
 @pytest.mark.parametrize("written", [[], [{"step": 5, "ne/a": None}]])
 def test_best_without_a_validation_of_a_saved_step_is_refused(trained, tmp_path, written):
     folder = run_with_lines(tmp_path, trained(1)["ranking"], written)
-    with pytest.raises(UserError, match=r"has a validation line with values in metrics.jsonl; use latest or a step of"):
-        find_checkpoint(folder, "best")
+    with pytest.raises(UserError, match=r"has a validation with values of the default metric; use latest or a step of"):
+        find_checkpoints(folder, "best")

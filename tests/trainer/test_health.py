@@ -15,7 +15,7 @@ from small_runs import audit, audited_steps, config_of, differing, final_tensors
 
 from ultrarec.trainer.config import Config
 from ultrarec.trainer.health import Health, NotFiniteError
-from ultrarec.trainer.incidents import INCIDENTS_FILE
+from ultrarec.trainer.journal import INCIDENTS_FILE
 from ultrarec.trainer.loop import Run, record, train
 from ultrarec.trainer.parallel import World
 from ultrarec.trainer.run import open_run

@@ -17,8 +17,8 @@ from small_runs import config_of, lines, train_on_ranks
 from ultrarec.data.errors import UserError
 from ultrarec.trainer import parallel, replay_command
 from ultrarec.trainer import run as opening
+from ultrarec.trainer.journal import METRICS_FILE
 from ultrarec.trainer.parallel import World
-from ultrarec.trainer.summary import METRICS_FILE
 
 SETTINGS = ("model.dropout=0.3", "checkpoint.every=5", "trainer.max_steps=12")
 

@@ -3,7 +3,8 @@
 import pytest
 
 from ultrarec.data.errors import UserError
-from ultrarec.trainer.report import forget_after, read_lines
+from ultrarec.trainer.journal import read_lines
+from ultrarec.trainer.report import forget_after
 
 
 def test_a_last_line_cut_off_by_a_kill_is_passed_over_and_dropped_at_the_restart(tmp_path):

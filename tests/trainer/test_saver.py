@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from moto.server import ThreadedMotoServer
-from process_group import run_ranks
+from process_group import limit_files, run_ranks
 from small_runs import checkpoint_tensors, config_of, differing, final_tensors, lines, losses, train_on_ranks
 
 from ultrarec.trainer import checkpoint_command, pieces
@@ -47,13 +47,13 @@ def train_with_little_room(runs, full_from, full_to):
     """Trains, while rank 1 cannot write files of more than 100 kB for some of the steps."""
     from ultrarec.trainer import loop
 
-    record, room = loop.record, resource.getrlimit(resource.RLIMIT_FSIZE)
+    record = loop.record
 
     def record_and_fill(run, step):
         record(run, step)
         is_full = dist.get_rank() == 1 and full_from <= run.state.step < full_to
         run.saver.wait()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, room[1]) if is_full else room)
+        limit_files(100_000 if is_full else resource.RLIM_INFINITY)
 
     loop.record = record_and_fill
     train_on_ranks(runs)

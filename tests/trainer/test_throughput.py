@@ -9,8 +9,8 @@ from small_runs import config_of
 
 from ultrarec.model.flops import Inputs, Sample, sample_flops
 from ultrarec.trainer.build import build_loader, load_dataset
+from ultrarec.trainer.journal import read_lines
 from ultrarec.trainer.parallel import World
-from ultrarec.trainer.report import read_lines
 from ultrarec.trainer.throughput import Throughput
 
 CPU = torch.device("cpu")
