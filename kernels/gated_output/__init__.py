@@ -64,15 +64,8 @@ def gated_output(
     """
     _check(u_TV, a_THD, x_TE, weight_EY, concat=concat)
     check_columns(x_TE, {"bias": bias_E}, len(weight_EY))
-    check_columns(x_TE, {"norm_weight": norm_weight_V, "norm_bias": norm_bias_V}, u_TV.shape[1])
-    if (norm_weight_V is None) != (norm_bias_V is None):
-        raise ValueError("norm_weight and norm_bias go together; give both or neither")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout}; it is a probability, from 0 to below 1")
-    if dropout == 0:
-        seed = None
-    if seed is not None:
-        _check_seed(x_TE, seed)
+    _check_norm(u_TV, norm_weight_V, norm_bias_V)
+    seed = _checked_seed(x_TE, dropout, seed)
     dtype = compute_dtype(weight_EY)
     weights = (weight_EY.to(dtype), None if bias_E is None else bias_E.to(x_TE.dtype), norm_weight_V, norm_bias_V)
     with outside_autocast(x_TE):
@@ -101,10 +94,22 @@ def _check(u_TV: Tensor, a_THD: Tensor, x_TE: Tensor, weight_EY: Tensor, *, conc
     check_device(x_TE, {"u": u_TV, "a": a_THD})
 
 
-def _check_seed(x_TE: Tensor, seed: Tensor) -> None:
+def _check_norm(u_TV: Tensor, weight_V: Tensor | None, bias_V: Tensor | None) -> None:
+    check_columns(u_TV, {"norm_weight": weight_V, "norm_bias": bias_V}, u_TV.shape[1])
+    if (weight_V is None) != (bias_V is None):
+        raise ValueError("norm_weight and norm_bias go together; give both or neither")
+
+
+def _checked_seed(x_TE: Tensor, dropout: float, seed: Tensor | None) -> Tensor | None:
+    """The seed; None if nothing is dropped."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout}; it is a probability, from 0 to below 1")
+    if dropout == 0 or seed is None:
+        return None
     if tuple(seed.shape) != (1,) or seed.dtype != torch.int64:
         raise ValueError(f"seed is {seed.dtype} of shape {tuple(seed.shape)}; it takes one int64, as dropout.new_seed")
     check_device(x_TE, {"seed": seed})
+    return seed
 
 
 @torch.library.custom_op("ultrarec::gated_output", mutates_args=())

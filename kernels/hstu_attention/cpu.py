@@ -4,8 +4,8 @@ Scores exist one strip of tiles at a time; the backward computes them again. Pro
 processor multiplies it; sums over strips run in float32 (float64 for float64 inputs), always in the same order.
 """
 
-# T = events of all sequences, H = heads, D = head width, L = length of the longest sequence of a group, M = matrices of
-# a part, R = queries and C = keys of a strip
+# T = events of all sequences, H = heads, D = head width, L = length of the longest sequence of a group, R = queries and
+# C = keys of a strip; see part.py for the batches that names of two dimensions stand for
 
 from functools import partial
 
@@ -13,14 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .containment import contained_gradients, contained_output, is_finite
 from .cpu_backward import OutputGradients, PartBackward
 from .operator import Gradients, Problem, differentiable
 from .packing import Output
-from .part import Part, plan_for, run_parts, scaled, sum_dtype, tile_bias
-from .products import add_product_
+from .part import Part, at, plan_for, run_parts, scaled, sum_dtype, tile_bias
+from .products import add_product
 
 
 def _forward(problem: Problem) -> Tensor:
+    out = _output(problem)
+    return out if is_finite(out) else contained_output(problem, out, _output)
+
+
+def _output(problem: Problem) -> Tensor:
     plan = plan_for(problem)
     out = Output(plan.packing, problem.v, problem.v.dtype)
     run_parts(problem, plan, partial(_attend, problem, out))
@@ -29,27 +35,34 @@ def _forward(problem: Problem) -> Tensor:
 
 def _attend(problem: Problem, out: Output, part: Part) -> None:
     """Write the output of a part."""
-    group, dtype = part.plan.group, part.matmul_dtype(problem.q)
-    q_MLD = part.rows_of(problem.q)
-    k_MLD = scaled(part.rows_of(problem.k), problem.alpha, dtype)
-    v_MLD = part.rows_of(problem.v).to(dtype).contiguous()
-    scale_ML1 = group.scale_rows(problem.scale.to(sum_dtype(q_MLD)), part.matrices)
-    out_MLD = out.part_of(group, part.matrices)
-    bias = tile_bias(problem)
+    dtype, total_dtype, bias = part.matmul_dtype(problem.q), sum_dtype(problem.q), tile_bias(problem)
+    queries, outputs = part.rows_of(problem.q), part.outputs_of(out)
+    keys = [scaled(k_LD, problem.alpha, dtype) for k_LD in part.rows_of(problem.k)]
+    values = [scaled(v_LD, 1.0, dtype) for v_LD in part.rows_of(problem.v)]
+    scales = part.scale_of(problem.scale.to(total_dtype))
     for strips in part.plan.strips:
         rows = strips[0].rows
-        q_MRD = q_MLD[:, rows].to(dtype).contiguous()
-        out_MRD = scale_ML1.new_zeros(*q_MRD.shape[:2], v_MLD.shape[2])
+        totals: list[Tensor | None] = [None] * len(queries)
+        row_queries = [at(q_LD, rows).to(dtype).contiguous() for q_LD in queries]
         for strip in strips:
             bias_GRC = None if bias is None else bias.values(rows, strip.keys, part.plan.buckets(strip))
-            for batch in part.batches():
-                scores_MRC = part.scores(strip, q_MRD[batch], k_MLD[batch, strip.keys], bias_GRC)
-                weights_MRC = F.silu(scores_MRC.to(scale_ML1.dtype), inplace=True)
-                add_product_(out_MRD[batch], weights_MRC.to(dtype), v_MLD[batch, strip.keys])
-        torch.mul(out_MRD, scale_ML1[:, rows], out=out_MLD[:, rows])
+            for n, (q_RD, k_LD, v_LD) in enumerate(zip(row_queries, keys, values, strict=True)):
+                weights_RC = F.silu(
+                    part.scores(strip, q_RD, at(k_LD, strip.keys), bias_GRC).to(total_dtype), inplace=True
+                )
+                totals[n] = add_product(totals[n], weights_RC.to(dtype), at(v_LD, strip.keys), total_dtype)
+        for total_RD, scale_L1, out_LD in zip(totals, scales, outputs, strict=True):
+            assert total_RD is not None, "every query has a strip: it sees itself"
+            torch.mul(total_RD, at(scale_L1, rows), out=at(out_LD, rows))
 
 
 def _backward(problem: Problem, dout: Tensor, needs_dscale: bool) -> Gradients:
+    grads = _gradients(problem, dout, needs_dscale)
+    # Every query sees itself: whatever is broken, its gradient shows it.
+    return grads if is_finite(grads[0]) else contained_gradients(problem, dout, grads, _output, _gradients)
+
+
+def _gradients(problem: Problem, dout: Tensor, needs_dscale: bool) -> Gradients:
     q, k, v, scale, position_weight, time_weight = problem[:6]
     plan = plan_for(problem)
     dscale = Output(plan.packing, v[:, :, :1], torch.float64) if needs_dscale else None

@@ -44,6 +44,11 @@ class Problem(NamedTuple):
         return RelativeBias(self.position_weight, self.time_weight, self.timestamps, self.query_timestamps)
 
 
+INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor scale, Tensor? position_weight, Tensor? time_weight, Tensor? timestamps, "
+    "Tensor? query_timestamps, Tensor offsets, Tensor? num_targets, SymInt max_seq_len, float alpha, SymInt[] rule"
+)
+"""The fields of a Problem, in the schema of an operator."""
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Those of q, k, v, scale, position_weight and time_weight; empty where there is none."""
 
@@ -55,48 +60,18 @@ def differentiable(
 
     The backward gets the gradient of the output, and whether that of the scale is wanted.
     """
-
-    def run_forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: Tensor,
-        position_weight: Tensor | None,
-        time_weight: Tensor | None,
-        timestamps: Tensor | None,
-        query_timestamps: Tensor | None,
-        offsets: Tensor,
-        num_targets: Tensor | None,
-        max_seq_len: int,
-        alpha: float,
-        rule: list[int],
-    ) -> Tensor:
-        weights = (position_weight, time_weight, timestamps, query_timestamps)
-        return forward(Problem(q, k, v, scale, *weights, offsets, num_targets, max_seq_len, alpha, rule))
-
-    def run_backward(
-        dout: Tensor,
-        needs_dscale: bool,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: Tensor,
-        position_weight: Tensor | None,
-        time_weight: Tensor | None,
-        timestamps: Tensor | None,
-        query_timestamps: Tensor | None,
-        offsets: Tensor,
-        num_targets: Tensor | None,
-        max_seq_len: int,
-        alpha: float,
-        rule: list[int],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        weights = (position_weight, time_weight, timestamps, query_timestamps)
-        problem = Problem(q, k, v, scale, *weights, offsets, num_targets, max_seq_len, alpha, rule)
-        return backward(problem, dout, needs_dscale)
-
-    forward_op = torch.library.custom_op(f"ultrarec::{name}", run_forward, mutates_args=())
-    backward_op = torch.library.custom_op(f"ultrarec::{name}_backward", run_backward, mutates_args=())
+    forward_op = torch.library.custom_op(
+        f"ultrarec::{name}",
+        lambda *inputs: forward(Problem(*inputs)),
+        mutates_args=(),
+        schema=f"({INPUTS}) -> Tensor",
+    )
+    backward_op = torch.library.custom_op(
+        f"ultrarec::{name}_backward",
+        lambda dout, needs_dscale, *inputs: backward(Problem(*inputs), dout, needs_dscale),
+        mutates_args=(),
+        schema=f"(Tensor dout, bool needs_dscale, {INPUTS}) -> ({', '.join(['Tensor'] * 6)})",
+    )
     forward_op.register_fake(lambda q, k, v, *_: v.new_empty(v.shape))
     backward_op.register_fake(_gradient_shapes)
 

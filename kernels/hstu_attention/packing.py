@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .pages import in_huge_pages
+
 SHORT = 256
 """Sequences up to this length share matrix products; those of longer ones are large enough alone."""
 GROUP_SCORES = 1 << 18
@@ -87,7 +89,7 @@ class Output:
     def __init__(self, packing: Packing, like_THD: Tensor, dtype: torch.dtype) -> None:
         self.packing = packing
         self.packed = like_THD.new_empty(packing.num_rows, like_THD.shape[2], dtype=dtype)
-        self.x_THD = like_THD.new_empty(like_THD.shape, dtype=dtype)
+        self.x_THD = in_huge_pages(like_THD.new_empty(like_THD.shape, dtype=dtype))
 
     def part_of(self, group: Group, matrices: slice) -> Tensor:
         """Where some matrices `[M, L, D]` of a group are to be written."""

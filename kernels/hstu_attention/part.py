@@ -1,9 +1,10 @@
 """The work of one thread: some of the matrices of a group, and how their scores are made."""
 
 # T = events of all sequences, D = head width, G = sequences of a group, L = length of its longest, M = matrices of a
-# part or of a batch of it, R = queries and C = keys of a strip
+# part, R = queries and C = keys of a strip. What is multiplied together is a batch: one matrix of a long sequence, or
+# all those of a part of short ones, in tensors with a dimension M before those that names tell.
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .operator import Problem
+from .packing import Output
+from .pages import in_huge_pages
 from .plan import Batch, GroupPlan, Plan, plan_of
 from .products import multiplies_bfloat16, product
 from .tile_bias import TileBias
@@ -34,15 +37,21 @@ class Part:
     heads_at_once: int
     """Matrices of one sequence that are multiplied together."""
 
-    def batches(self) -> Iterator[slice]:
-        """The matrices, counted from the first of the part, that are multiplied together."""
-        num = self.matrices.stop - self.matrices.start
-        step = num if self.plan.group.is_short else 1
-        return (slice(start, start + step) for start in range(0, num, step))
+    def split(self, x_MLD: Tensor) -> tuple[Tensor, ...]:
+        """The batches: all matrices `[M, L, D]` of a short group together, of a long one each `[L, D]` alone."""
+        return (x_MLD,) if self.plan.group.is_short else x_MLD.unbind(0)
 
-    def rows_of(self, x_THD: Tensor) -> Tensor:
-        """`[M, L, D]`."""
-        return self.plan.group.rows_of(x_THD, self.matrices)
+    def rows_of(self, x_THD: Tensor) -> tuple[Tensor, ...]:
+        """`[L, D]` of each batch, views of the long ones."""
+        return self.split(self.plan.group.rows_of(x_THD, self.matrices))
+
+    def scale_of(self, scale_T: Tensor) -> tuple[Tensor, ...]:
+        """`[L, 1]` of each batch, of one number per event."""
+        return self.split(self.plan.group.scale_rows(scale_T, self.matrices))
+
+    def outputs_of(self, output: Output) -> tuple[Tensor, ...]:
+        """Where each batch `[L, D]` of an output is to be written."""
+        return self.split(output.part_of(self.plan.group, self.matrices))
 
     def matmul_dtype(self, x: Tensor) -> torch.dtype:
         """In which dtype x is multiplied: bfloat16 if that is faster, otherwise what sums run in."""
@@ -50,21 +59,26 @@ class Part:
             return torch.bfloat16
         return sum_dtype(x)
 
-    def scores(self, strip: Strip, q_MRD: Tensor, k_MCD: Tensor, bias_GRC: Tensor | None) -> Tensor:
-        """The scores of a strip, in the dtype of the bias if there is one; SiLU makes zeros of the hidden ones."""
-        scores_MRC = product(q_MRD, k_MCD.mT)
+    def scores(self, strip: Strip, q_RD: Tensor, k_CD: Tensor, bias_GRC: Tensor | None) -> Tensor:
+        """The scores `[R, C]` of a strip, in the dtype of the bias if there is one; hidden ones are zero."""
+        scores_RC = product(q_RD, k_CD.mT)
         if bias_GRC is not None:
-            scores_MRC = scores_MRC.to(bias_GRC.dtype)
-            self._by_sequence(scores_MRC).add_(bias_GRC[:, None])
-        self.plan.hide_(strip, scores_MRC)
-        return scores_MRC
+            scores_RC = scores_RC.to(bias_GRC.dtype)
+            self._by_sequence(scores_RC).add_(bias_GRC[:, None])
+        self.plan.hide_(strip, scores_RC)
+        return scores_RC
 
-    def sum_of_heads(self, x_MRC: Tensor) -> Tensor:
+    def sum_of_heads(self, x_RC: Tensor) -> Tensor:
         """`[G, R, C]`."""
-        return self._by_sequence(x_MRC).sum(1)
+        return self._by_sequence(x_RC).sum(1)
 
-    def _by_sequence(self, x_MRC: Tensor) -> Tensor:
-        return x_MRC.view(-1, self.heads_at_once, *x_MRC.shape[1:])
+    def _by_sequence(self, x_RC: Tensor) -> Tensor:
+        return x_RC.view(-1, self.heads_at_once, *x_RC.shape[-2:])
+
+
+def at(x_LD: Tensor, events: slice) -> Tensor:
+    """Some of the events of a batch."""
+    return x_LD.narrow(-2, events.start, events.stop - events.start)
 
 
 def run_parts(problem: Problem, plan: Plan, work: Callable[[Part], Result]) -> list[Result]:
@@ -83,9 +97,10 @@ def tile_bias(problem: Problem) -> TileBias | None:
     return TileBias(problem.position_weight, problem.time_weight, problem.max_seq_len, sum_dtype(problem.q))
 
 
-def scaled(x_MRD: Tensor, factor: Tensor | float, dtype: torch.dtype) -> Tensor:
+def scaled(x_RD: Tensor, factor: Tensor | float, dtype: torch.dtype) -> Tensor:
     """A dense copy, multiplied before it is rounded."""
-    return (x_MRD.to(sum_dtype(x_MRD)) * factor).to(dtype).contiguous()
+    copy_RD = in_huge_pages(torch.empty(x_RD.shape, dtype=dtype, device=x_RD.device))
+    return torch.mul(x_RD.to(sum_dtype(x_RD)), factor, out=copy_RD)
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:

@@ -19,8 +19,8 @@ from .tiles import Strip, strips_of
 
 STRIP_KEYS = 1024
 """Most keys of a strip: 256 by 1024 float32 fill an EPYC core's second cache; 512 keys took a seventh longer."""
-HIDDEN = -1e30
-"""Far below any score: SiLU of it, and the derivative, are zero, in every dtype that scores have."""
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By the bytes of a floating point number, the integers that have its bits."""
 NUM_REMEMBERED = 4
 """Batches whose plans are kept: layers may attend in a few different ways to the same one."""
 
@@ -42,7 +42,8 @@ class GroupPlan:
 
     def __init__(self, group: Group, mask: AttentionMask, history_ends: list[int], times: Times | None) -> None:
         self.group, self.mask, self.history_ends, self.times = group, mask, history_ends, times
-        self._lowerings: dict[tuple[object, ...], Tensor] = {}
+        self._masks: dict[tuple[object, ...], Tensor] = {}
+        self._shown: dict[tuple[object, ...], list[Tensor]] = {}
         self._buckets: dict[tuple[int, int], Tensor] = {}
 
     @cached_property
@@ -53,15 +54,19 @@ class GroupPlan:
         strips = strips_of(self.mask, length, self.history_ends, tile=tile, most_keys=STRIP_KEYS)
         return [list(row) for _, row in groupby(strips, key=lambda strip: strip.rows.start)]
 
-    def hide_(self, strip: Strip, scores_MRC: Tensor) -> None:
-        """Lower, in place, what the mask hides so far that SiLU and its derivative are zero."""
-        for keys in strip.masked:
-            part = scores_MRC[..., keys.start - strip.keys.start : keys.stop - strip.keys.start]
-            lowering = self._lowering(strip.rows, keys, scores_MRC.dtype)
-            if len(lowering) > 1:
-                part = part.view(len(lowering), -1, *part.shape[1:])
-                lowering = lowering[:, None]
-            part.add_(lowering)
+    def hide_(self, strip: Strip, x_RC: Tensor) -> None:
+        """Make zeros, in place, of what the mask hides, whatever it was: a product with zero would let NaN through."""
+        if not strip.masked:
+            return
+        bits_RC = x_RC.view(BITS[x_RC.element_size()])
+        place = (bits_RC.dtype, strip.rows.start, strip.keys.start)
+        if place not in self._shown:
+            self._shown[place] = [self._mask(strip.rows, keys, bits_RC) for keys in strip.masked]
+        for keys, mask in zip(strip.masked, self._shown[place], strict=True):
+            part = bits_RC.narrow(-1, keys.start - strip.keys.start, keys.stop - keys.start)
+            if mask.dim() > 2:
+                part = part.view(len(mask), -1, *part.shape[-2:])
+            part.bitwise_and_(mask)
 
     def buckets(self, strip: Strip) -> Tensor | None:
         """The time bucket of every score of a strip, int32 `[G, R, C]`; None without a time bias."""
@@ -81,20 +86,20 @@ class GroupPlan:
         keys = self.times.keys[self.group.tokens_GL[:, strip.keys]]
         return time_buckets((queries[:, :, None] - keys[:, None, :]).abs_(), self.times.thresholds)
 
-    def _lowering(self, rows: slice, keys: slice, dtype: torch.dtype) -> Tensor:
-        """0 where a query sees a key, else HIDDEN, `[1 or G, R, C]`; kept for heads, layers and the backward."""
-        place: tuple[object, ...] = (dtype, rows.start, rows.stop, keys.start, keys.stop)
+    def _mask(self, rows: slice, keys: slice, bits: Tensor) -> Tensor:
+        """All bits where a query sees a key, else none, `[R, C]` or `[G, 1, R, C]`; alike places share one."""
+        place: tuple[object, ...] = (bits.dtype, rows.start, rows.stop, keys.start, keys.stop)
         depends_on_place = not self.mask.is_alike_along(rows, keys, min(self.history_ends))
         if not depends_on_place:
-            place = (dtype, rows.start - keys.start, rows.stop - keys.start, keys.stop - keys.start)
-        if place not in self._lowerings:
-            device = self.group.tokens_GL.device
-            row = torch.arange(rows.start, rows.stop, device=device)[:, None]
-            key = torch.arange(keys.start, keys.stop, device=device)
+            place = (bits.dtype, rows.start - keys.start, rows.stop - keys.start, keys.stop - keys.start)
+        if place not in self._masks:
+            row = torch.arange(rows.start, rows.stop, device=bits.device)[:, None]
+            key = torch.arange(keys.start, keys.stop, device=bits.device)
             ends = self.history_ends if depends_on_place else self.history_ends[:1]
-            end = torch.tensor(ends, device=device)[:, None, None]
-            self._lowerings[place] = (~self.mask.visible(row, key, end)).to(dtype).mul_(HIDDEN)
-        return self._lowerings[place]
+            end = torch.tensor(ends, device=bits.device)[:, None, None, None]
+            visible = self.mask.visible(row, key, end)
+            self._masks[place] = (visible if len(visible) > 1 else visible[0, 0]).to(bits.dtype).neg_()
+        return self._masks[place]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Matrix products of tiles, by the fastest routine for each that plain torch offers."""
 
-# M = matrices, R = rows, K = inner width, C = columns
+# R = rows, K = inner width, C = columns; tensors of several matrices have one more dimension in front
 
 import torch
 from torch import Tensor
@@ -17,41 +17,50 @@ def multiplies_bfloat16(x: Tensor) -> bool:
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def product(a_MRK: Tensor, b_MKC: Tensor) -> Tensor:
-    """`[M, R, C]` in the dtype of a."""
-    return _onednn(a_MRK, b_MKC) if _worth_onednn(a_MRK, b_MKC) else torch.bmm(a_MRK, b_MKC)
+def product(a_RK: Tensor, b_KC: Tensor) -> Tensor:
+    """`[R, C]` in the dtype of a."""
+    if _worth_onednn(a_RK, b_KC):
+        return torch.ops.mkldnn._linear_pointwise(a_RK, b_KC.mT, None, "none", [], "")
+    return torch.mm(a_RK, b_KC) if a_RK.dim() == 2 else torch.bmm(a_RK, b_KC)
 
 
-def add_product_(sum_MRC: Tensor, a_MRK: Tensor, b_MKC: Tensor) -> None:
+def add_product(sum_RC: Tensor | None, a_RK: Tensor, b_KC: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum, of this dtype, with a @ b added to it; the product alone if there is none yet."""
+    if sum_RC is None:
+        return product(a_RK, b_KC).to(dtype)
+    add_product_(sum_RC, a_RK, b_KC)
+    return sum_RC
+
+
+def add_product_(sum_RC: Tensor, a_RK: Tensor, b_KC: Tensor) -> None:
     """Add a @ b, in place, to a sum that may be of a wider dtype."""
-    if sum_MRC.stride(2) != 1:
-        sum_MRC, a_MRK, b_MKC = sum_MRC.mT, b_MKC.mT, a_MRK.mT
-    if _worth_onednn(a_MRK, b_MKC):
-        sum_MRC.add_(_onednn(a_MRK, b_MKC))
-    elif sum_MRC.dtype is a_MRK.dtype and sum_MRC.is_contiguous():
-        sum_MRC.baddbmm_(a_MRK, b_MKC)
+    if sum_RC.stride(-1) != 1 and sum_RC.stride(-2) == 1:
+        sum_RC, a_RK, b_KC = sum_RC.mT, b_KC.mT, a_RK.mT
+    if sum_RC.dim() == 3 and sum_RC.dtype is a_RK.dtype and sum_RC.is_contiguous():
+        # Of a part of a larger tensor baddbmm_ would go through the matrices one by one.
+        sum_RC.baddbmm_(a_RK, b_KC)
     else:
-        # baddbmm_ would go through the matrices of a part of a larger tensor one by one.
-        sum_MRC.add_(torch.bmm(a_MRK, b_MKC))
+        sum_RC.add_(product(a_RK, b_KC))
 
 
-def _onednn(a_MRK: Tensor, b_MKC: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(a_MRK, b_MKC.mT[0], None, "none", [], "")
+def transposed(x_RC: Tensor) -> Tensor:
+    """`[C, R]` as the left operand of a product."""
+    # oneDNN wants it dense: its own copy took twice as long as this one.
+    return x_RC.mT.contiguous() if x_RC.dim() == 2 else x_RC.mT
 
 
-def _worth_onednn(a_MRK: Tensor, b_MKC: Tensor) -> bool:
-    num_matrices, num_rows, width = a_MRK.shape
+def _worth_onednn(a_RK: Tensor, b_KC: Tensor) -> bool:
     return (
-        num_matrices == 1
-        and num_rows * width * b_MKC.shape[2] >= ONEDNN_FROM
-        and a_MRK.dtype is torch.float32
-        and a_MRK.is_cpu
-        and _is_dense(a_MRK)
-        and _is_dense(b_MKC)
+        a_RK.dtype is torch.float32
+        and a_RK.dim() == 2
+        and a_RK.numel() * b_KC.shape[1] >= ONEDNN_FROM
+        and a_RK.is_cpu
+        and _is_dense(a_RK)
+        and _is_dense(b_KC)
         and HAS_ONEDNN
     )
 
 
 def _is_dense(x: Tensor) -> bool:
     """Whether nothing lies between the rows, or columns: otherwise oneDNN falls back to code 500 times slower."""
-    return x.is_contiguous() or x.mT.is_contiguous()
+    return x.is_contiguous() or x.stride() == (1, x.shape[0])

@@ -33,15 +33,35 @@ def attention(
     bounds, targets = check_values(offsets, num_targets, num_events=q.shape[0], max_seq_len=max_seq_len)
     outs = [v[:0]]
     for (start, end), num in zip(pairwise(bounds), targets, strict=True):
-        scores = alpha * torch.einsum("thd,shd->hts", q[start:end], k[start:end])
-        if bias is not None:
-            scores = scores + _bias(bias, start, end, max_seq_len)
+        events = slice(start, end)
         position = torch.arange(end - start, device=q.device)
         history_end = torch.tensor(mask.history_end(end - start, num), device=q.device)
         visible = mask.visible(position[:, None], position[None, :], history_end)
-        weights = scale[start:end, None] * F.silu(scores) * visible
-        outs.append(torch.einsum("hts,shd->thd", weights.to(v.dtype), v[start:end]))
+        bias_ts = None if bias is None else _bias(bias, start, end, max_seq_len)
+        outs.append(_attend(q[events], k[events], v[events], visible, alpha=alpha, scale=scale[events], bias=bias_ts))
     return torch.cat(outs)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, alpha: float, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The output of t queries over s keys of one sequence; bias and visible are `[t, s]`."""
+    if len(q) > 1 and not all(x.isfinite().all() for x in (q, k, v)):
+        # A product with a weight of zero would carry NaN to queries that do not see it.
+        return torch.cat(
+            [
+                _attend(
+                    q[t, None], k[seen], v[seen], seen[None, seen], alpha=alpha, scale=scale[t, None],
+                    bias=None if bias is None else bias[t, None, seen],
+                )
+                for t, seen in enumerate(visible)
+            ]
+        )  # fmt: skip
+    scores = alpha * torch.einsum("thd,shd->hts", q, k)
+    if bias is not None:
+        scores = scores + bias
+    weights = scale[:, None] * F.silu(scores) * visible
+    return torch.einsum("hts,shd->thd", weights.to(v.dtype), v)
 
 
 def _bias(bias: RelativeBias, start: int, end: int, max_seq_len: int) -> Tensor:
