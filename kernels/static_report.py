@@ -18,6 +18,7 @@ from . import sass
 from .hstu_attention.operator import Problem
 from .hstu_attention.triton_bias_launch import BiasPass
 from .hstu_attention.triton_launch import Launch, forward_launch, keys_launch, queries_launch
+from .hstu_attention.triton_padding import padded_problem
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 NUM_PRODUCTS = {"forward": 2, "keys": 4, "queries": 3}
@@ -132,7 +133,7 @@ def problem_of(setting: Setting) -> Problem:
 
 def launches_of(setting: Setting, target: str) -> dict[str, Launch]:
     """The launches of a forward and a backward."""
-    problem = problem_of(setting)
+    problem = padded_problem(problem_of(setting))
     q, k, v = problem[:3]
     dscale = torch.zeros(*q.shape[:2], 1) if setting.general else None
     launches = {
