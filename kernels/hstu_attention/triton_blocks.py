@@ -104,11 +104,12 @@ INTERPRETED: Table = {
 
 def blocks_of(kernel: str, target: str, width: int, dtype: torch.dtype, *, biased: bool) -> Blocks:
     """The tiles of a kernel for heads of this width, at most 256."""
-    sizes = _table_of(target, dtype, biased)[kernel]
+    sizes = table_of(target, dtype, biased)[kernel]
     return sizes[min(limit for limit in sizes if limit >= width)]
 
 
-def _table_of(target: str, dtype: torch.dtype, biased: bool) -> Table:
+def table_of(target: str, dtype: torch.dtype, biased: bool) -> Table:
+    """The tiles of all kernels for a device."""
     if target == INTERPRETER:
         return INTERPRETED
     if dtype == torch.float32:

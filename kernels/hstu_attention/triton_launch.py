@@ -16,6 +16,7 @@ from .triton_blocks import DESCRIPTOR_TARGETS, INTERPRETER, Blocks, blocks_of
 from .triton_kernels.backward import keys_kernel, queries_kernel
 from .triton_kernels.forward import forward_kernel
 from .triton_kernels.scores import Bias, Events, Scale, Sequences, Variant
+from .triton_tuned import Shape, choices_for, device_name_of
 
 MAX_REGISTERS = 255
 """As many as a thread can have."""
@@ -43,27 +44,31 @@ class Launch:
         return self.kernel.warmup(*self.arguments, self.variant, grid=(self.num_programs,), **self.options)
 
 
-def forward_launch(problem: Problem, out: Tensor, target: str) -> Launch:
+def forward_launch(problem: Problem, out: Tensor, target: str, blocks: Blocks | None = None) -> Launch:
     """Write the attention to out `[T, H, Dv]`."""
-    blocks = blocks_for("forward", problem, target)
+    blocks = blocks or blocks_for("forward", problem, target)
     sequences = sequences_of(problem, blocks.rows)
     events = [events_of(x) for x in (problem.q, problem.k, problem.v, out)]
     tiles = [_tiles(x, blocks.keys, target) for x in (problem.k, problem.v)]
     return _launch(forward_kernel, problem, blocks, target, sequences, *events, *tiles)
 
 
-def keys_launch(problem: Problem, dout: Tensor, dk: Tensor, dv: Tensor, target: str) -> Launch:
+def keys_launch(
+    problem: Problem, dout: Tensor, dk: Tensor, dv: Tensor, target: str, blocks: Blocks | None = None
+) -> Launch:
     """Write the gradients of k and v to dk and dv."""
-    blocks = blocks_for("keys", problem, target)
+    blocks = blocks or blocks_for("keys", problem, target)
     sequences = sequences_of(problem, blocks.keys)
     events = [events_of(x) for x in (problem.q, problem.k, problem.v, dout, dk, dv)]
     tiles = [_tiles(x, blocks.rows, target) for x in (problem.q, dout)]
     return _launch(keys_kernel, problem, blocks, target, sequences, *events, *tiles)
 
 
-def queries_launch(problem: Problem, dout: Tensor, dq: Tensor, dscale: Tensor | None, target: str) -> Launch:
+def queries_launch(
+    problem: Problem, dout: Tensor, dq: Tensor, dscale: Tensor | None, target: str, blocks: Blocks | None = None
+) -> Launch:
     """Write the gradient of q to dq, and that of the scale by head to dscale `[T, H, 1]`, if it is there."""
-    blocks = blocks_for("queries", problem, target)
+    blocks = blocks or blocks_for("queries", problem, target)
     sequences = sequences_of(problem, blocks.rows)
     events = [events_of(x) for x in (problem.q, problem.k, problem.v, dout, dq)]
     dscale_events = None if dscale is None else events_of(dscale)
@@ -72,9 +77,14 @@ def queries_launch(problem: Problem, dout: Tensor, dq: Tensor, dscale: Tensor | 
 
 
 def blocks_for(kernel: str, problem: Problem, target: str) -> Blocks:
-    """The tiles of a kernel for the dtype and head widths of a problem."""
-    width = max(problem.q.shape[2], problem.v.shape[2])
-    return blocks_of(kernel, target, width, problem.q.dtype, biased=problem.bias is not None)
+    """The tiles of a kernel for the dtype and head widths of a problem: those measured on its device, if any."""
+    width, dtype, biased = max(problem.q.shape[2], problem.v.shape[2]), problem.q.dtype, problem.bias is not None
+    device_name = device_name_of(problem.q.device, target)
+    if device_name is not None:
+        shape = Shape(kernel, str(dtype).removeprefix("torch."), _padded(width), biased)
+        if shape in (tuned := choices_for(device_name)):
+            return tuned[shape]
+    return blocks_of(kernel, target, width, dtype, biased=biased)
 
 
 def options_of(blocks: Blocks, target: str) -> dict[str, int]:

@@ -48,13 +48,13 @@ def remembering_blocks(make: Callable[..., None], constexpr: type) -> Callable[.
 def remembering_types(make: Callable[..., None]) -> Callable[..., None]:
     """The constructor of a tensor: what follows from its type is kept with the type."""
 
-    def init(self: Any, handle: Any, type: Any) -> None:
-        known = type.__dict__.get("of_tensors")
+    def init(self: Any, handle: Any, dtype: Any) -> None:
+        known = dtype.__dict__.get("of_tensors")
         if known is None:
-            make(self, handle, type)
-            type.of_tensors = {name: self.__dict__[name] for name in ("numel", "dtype", "shape")}
+            make(self, handle, dtype)
+            dtype.of_tensors = {name: self.__dict__[name] for name in ("numel", "dtype", "shape")}
         else:
-            self.handle, self.type = handle, type
+            self.handle, self.type = handle, dtype
             self.__dict__.update(known)
 
     return init
