@@ -118,18 +118,17 @@ def problem_for(shape: Shape, length: int, device: str) -> Problem:
     q, k, v = torch.randn(3, num_events, NUM_HEADS, shape.width, generator=generator).to(
         device, getattr(torch, shape.dtype)
     )
-    weights: tuple[Tensor | None, ...] = (None, None, None)
-    if shape.biased:
-        position_weight = torch.randn(2 * length - 1, generator=generator)
-        time_weight = torch.randn(NUM_TIME_BUCKETS + 1, generator=generator)
-        timestamps = torch.randint(0, 10**7, (num_events,), generator=generator).sort().values
-        weights = (position_weight.to(device), time_weight.to(device), timestamps.to(device))
+    position_weight = torch.randn(2 * length - 1, generator=generator).to(device)
+    time_weight = torch.randn(NUM_TIME_BUCKETS + 1, generator=generator).to(device)
+    timestamps = torch.randint(0, 10**7, (num_events,), generator=generator).sort().values.to(device)
     return Problem(
         q,
         k,
         v,
         torch.full((1,), 1 / length, device=device).expand(num_events),
-        *weights,
+        position_weight=position_weight if shape.biased else None,
+        time_weight=time_weight if shape.biased else None,
+        timestamps=timestamps if shape.biased else None,
         query_timestamps=None,
         offsets=torch.tensor([0, *lengths]).cumsum(0).to(device),
         num_targets=None,
