@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..data.errors import UserError
 
 if TYPE_CHECKING:
+    from ..kernels.hstu_attention.triton_tuned import Shape
     from ..kernels.tuning import Choice
 
 WIDTHS = (64, 128)
@@ -21,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure every kernel and print what is found; returns 1 and keeps nothing if results are wrong."""
     _refuse_other_options(args)
     import torch
+    from tqdm import tqdm
 
     if not torch.cuda.is_available():
         raise UserError(
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
                     shape,
                     tuning.problem_for(shape, length, str(device)),
                     target_of(device),
-                    candidates=tuning.candidates_of(shape),
+                    candidates=tqdm(tuning.candidates_of(shape), desc=_name(shape), leave=False),
                     is_clean=tuning.compiles_cleanly,
                     seconds_of=lambda work: bench.fastest({"": work}, "cuda", SECONDS)[""],
                 )
@@ -66,9 +68,13 @@ def _refuse_other_options(args: argparse.Namespace) -> None:
         raise UserError(f"--tune takes one length, not {len(args.lengths)}; give the one that matters most to you")
 
 
+def _name(shape: Shape) -> str:
+    return f"{shape.kernel:<8} D={shape.width:<4}{'biased' if shape.biased else '':<7}"
+
+
 def _line(choice: Choice) -> str:
     shape, best, builtin = choice.shape, choice.blocks, choice.builtin_blocks
-    what = f"{shape.kernel:<8} D={shape.width:<4}{'biased' if shape.biased else '':<7}"
+    what = _name(shape)
     best_line = (
         f"{best.rows}x{best.keys}, {best.num_warps} warps, {best.num_stages} stages {choice.seconds * 1e3:.3f} ms"
     )

@@ -11,8 +11,8 @@ On sm_90, causal, bfloat16, the loop over full tiles issues per score (instructi
     gradient of q                  8.6     9.0
       and of a scale per query            10.1
 
-The loop over tiles at the edge of the causal mask issues 10.0 and 10.8 in the forward. Heads wider than 128 leave no
-registers for tiles that a group of warps of sm_90 multiplies together: their gradients use the instructions of sm_80.
+The loop over tiles at the edge of the causal mask issues 9.9 and 10.7 in the forward. The gradients of heads wider than
+128 use the instructions of sm_80 on sm_90: its own take 64 keys or queries at least, which spilled 16 to 816 bytes.
 On gfx942 and gfx950 only
 bfloat16 heads of 128 were looked at.
 """
