@@ -6,18 +6,21 @@ Nothing is timed: registers, spills, shared memory, and how many instructions a 
 # D = head width, R = queries and C = keys of a tile
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from . import sass
 from .hstu_attention.operator import Problem
 from .hstu_attention.triton_bias_launch import BiasPass
+from .hstu_attention.triton_blocks import Blocks
 from .hstu_attention.triton_launch import Launch, forward_launch, keys_launch, queries_launch
+from .hstu_attention.triton_padding import padded_problem
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 NUM_PRODUCTS = {"forward": 2, "keys": 4, "queries": 3}
@@ -105,7 +108,7 @@ def report(targets: tuple[str, ...]) -> Iterator[Kernel]:
         driver.set_active(NoDevice(target))
         for setting in SETTINGS:
             for name, launch in launches_of(setting, target).items():
-                yield _describe(target, setting, name, launch)
+                yield describe(target, setting, name, launch, launch.compile())
 
 
 def problem_of(setting: Setting) -> Problem:
@@ -132,17 +135,29 @@ def problem_of(setting: Setting) -> Problem:
 
 def launches_of(setting: Setting, target: str) -> dict[str, Launch]:
     """The launches of a forward and a backward."""
-    problem = problem_of(setting)
+    problem = padded_problem(problem_of(setting))
+    names = (*NUM_PRODUCTS, "bias") if setting.biased else NUM_PRODUCTS
+    return {name: launch_of(name, problem, target)[0] for name in names}
+
+
+def launch_of(
+    name: str, problem: Problem, target: str, blocks: Blocks | None = None
+) -> tuple[Launch, Callable[[], list[Tensor]]]:
+    """The launch of one kernel, with the tiles it would take unless others are given, and its results once it ran."""
     q, k, v = problem[:3]
-    dscale = torch.zeros(*q.shape[:2], 1) if setting.general else None
-    launches = {
-        "forward": forward_launch(problem, v.clone(), target),
-        "keys": keys_launch(problem, v.clone(), k.clone(), v.clone(), target),
-        "queries": queries_launch(problem, v.clone(), q.clone(), dscale, target),
-    }
-    if setting.biased:
-        launches["bias"] = BiasPass.of(problem, v.clone(), target).launch
-    return launches
+    dout = torch.ones_like(v)
+    if name == "forward":
+        out = torch.empty_like(v)
+        return forward_launch(problem, out, target, blocks), lambda: [out]
+    if name == "keys":
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        return keys_launch(problem, dout, dk, dv, target, blocks), lambda: [dk, dv]
+    if name == "queries":
+        dq, has_dscale = torch.empty_like(q), problem.scale.stride(0) != 0
+        dscale = q.new_empty(*q.shape[:2], 1, dtype=torch.float32) if has_dscale else None
+        return queries_launch(problem, dout, dq, dscale, target, blocks), lambda: [dq]
+    sums = BiasPass.of(problem, dout, target, blocks)
+    return sums.launch, lambda: [sums.position_gradient(), sums.time_gradient()]
 
 
 def usage_of(compiled: Any) -> tuple[int, int]:
@@ -155,8 +170,9 @@ def usage_of(compiled: Any) -> tuple[int, int]:
     return found["vgpr_count"], found["vgpr_spill_count"] + found["private_segment_fixed_size"]
 
 
-def _describe(target: str, setting: Setting, name: str, launch: Launch) -> Kernel:
-    compiled, variant = launch.compile(), launch.variant
+def describe(target: str, setting: Setting, name: str, launch: Launch, compiled: Any) -> Kernel:
+    """What a launch costs once Triton has compiled it."""
+    variant = launch.variant
     registers, spilled = usage_of(compiled)
     bodies: list[list[sass.Instruction]] = []
     if "cubin" in compiled.asm:

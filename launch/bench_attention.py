@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.errors import UserError
-from . import bench_static
+from . import bench_static, bench_tune
 
 if TYPE_CHECKING:
     from ..kernels.bench import Comparison
@@ -44,11 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--static", action="store_true", help="time nothing; say what the Triton kernels cost once compiled, GPU or not"
     )
+    parser.add_argument(
+        "--tune", action="store_true", help="time tile sizes of the Triton kernels on this GPU; runs use the best then"
+    )
     parser.add_argument("--arch", metavar="A,A,…", help="devices for --static, such as sm_90 (default: all known)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Check, measure, print; returns 1 without a figure if results are wrong."""
+    if args.tune:
+        return bench_tune.run(args)
     if args.static:
         return bench_static.run(args)
     if args.arch is not None:

@@ -16,16 +16,21 @@ from .triton_bias_launch import BiasPass
 from .triton_blocks import target_of
 from .triton_kernels.forward import forward_kernel
 from .triton_launch import forward_launch, keys_launch, queries_launch
+from .triton_padding import narrowed, padded, padded_problem
 
 
 def _forward(problem: Problem) -> Tensor:
     _check(problem)
+    width = problem.v.shape[2]
+    problem = padded_problem(problem)
     out = problem.v.new_empty(problem.v.shape)
     forward_launch(problem, out, target_of(out.device)).start()
-    return out
+    return narrowed(out, width)
 
 
 def _backward(problem: Problem, dout: Tensor, needs_dscale: bool) -> Gradients:
+    dqk_width, dv_width = problem.q.shape[2], problem.v.shape[2]
+    problem, dout = padded_problem(problem), padded(dout)
     q, k, v, scale, position_weight, time_weight = problem[:6]
     target = target_of(q.device)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
@@ -43,6 +48,7 @@ def _backward(problem: Problem, dout: Tensor, needs_dscale: bool) -> Gradients:
             dposition = bias_pass.position_gradient().to(position_weight.dtype)
         if time_weight is not None:
             dtime = bias_pass.time_gradient().to(time_weight.dtype)
+    dq, dk, dv = narrowed(dq, dqk_width), narrowed(dk, dqk_width), narrowed(dv, dv_width)
     return dq, dk, dv, dscale, dposition, dtime
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operator import Problem
+from .triton_blocks import Blocks
 from .triton_kernels.bias_gradient import Buckets, bias_kernel
 from .triton_launch import (
     Launch,
@@ -39,9 +40,9 @@ class BiasPass:
     launch: Launch
 
     @classmethod
-    def of(cls, problem: Problem, dout: Tensor, target: str) -> "BiasPass":
+    def of(cls, problem: Problem, dout: Tensor, target: str, blocks: Blocks | None = None) -> "BiasPass":
         """The pass for a problem with a bias and at least one event."""
-        blocks = blocks_for("bias", problem, target)
+        blocks = blocks or blocks_for("bias", problem, target)
         sequences = sequences_of(problem, blocks.rows)
         # Only contextual queries see keys behind themselves.
         num_bands = 2 * sequences.num_tiles - 1 if problem.mask.num_contextual else sequences.num_tiles

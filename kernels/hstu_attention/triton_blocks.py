@@ -11,10 +11,9 @@ On sm_90, causal, bfloat16, the loop over full tiles issues per score (instructi
     gradient of q                  8.6     9.0
       and of a scale per query            10.1
 
-The loop over tiles at the edge of the causal mask issues 10.0 and 10.8 in the forward. Heads wider than 128 leave no
-registers for tiles that a group of warps of sm_90 multiplies together: their gradients use the instructions of sm_80.
-Known to spill, on sm_90 and sm_100: heads that no descriptor takes, their strides being no multiples of 16 bytes, if
-they are wider than 128 (up to 256 bytes), or have a bias and are wider than 64 (8 bytes). On gfx942 and gfx950 only
+The loop over tiles at the edge of the causal mask issues 9.9 and 10.7 in the forward. The gradients of heads wider than
+128 use the instructions of sm_80 on sm_90: its own take 64 keys or queries at least, which spilled 16 to 816 bytes.
+On gfx942 and gfx950 only
 bfloat16 heads of 128 were looked at.
 """
 
@@ -76,17 +75,6 @@ AMPERE_BIASED: Table = {
     "queries": {128: Blocks(32, 32, 4, 1), 256: Blocks(32, 32, 8, 1)},
     "bias": {128: Blocks(16, 16, 4, 1), 256: Blocks(16, 16, 8, 1)},
 }
-# Loads by pointers, of strides that no descriptor takes, hold an address for every few elements.
-POINTERS: Table = {
-    "forward": {64: Blocks(128, 32, 8, 1), 256: Blocks(32, 32, 8, 1)},
-    "keys": {64: Blocks(32, 64, 8, 1), 256: Blocks(16, 32, 8, 1)},
-    "queries": {64: Blocks(64, 32, 8, 1), 256: Blocks(16, 32, 8, 1)},
-}
-POINTERS_BIASED: Table = {
-    "forward": {256: Blocks(32, 32, 8, 1)},
-    "keys": {256: Blocks(16, 32, 8, 1)},
-    "queries": {256: Blocks(16, 32, 8, 1)},
-}
 CDNA: Table = {
     "forward": {128: Blocks(128, 64, 4, 1), 256: Blocks(64, 32, 4, 1)},
     "keys": {64: Blocks(64, 64, 4, 1), 128: Blocks(32, 64, 4, 1), 256: Blocks(32, 32, 4, 1)},
@@ -110,24 +98,18 @@ INTERPRETED: Table = {
     "forward": {256: Blocks(32, 32)},
     "keys": {256: Blocks(32, 32)},
     "queries": {256: Blocks(16, 32)},
-    "bias": {256: Blocks(16, 16)},
+    "bias": {256: Blocks(32, 32)},
 }
 
 
-def blocks_of(
-    kernel: str, target: str, width: int, dtype: torch.dtype, *, biased: bool, by_pointers: bool = False
-) -> Blocks:
-    """The tiles of a kernel for heads of this width, at most 256; for a device with descriptors that cannot use them,
-    by_pointers.
-    """
-    table = _table_of(target, dtype, biased)
-    if by_pointers and dtype != torch.float32:
-        table = POINTERS_BIASED if biased else POINTERS
-    sizes = table[kernel]
+def blocks_of(kernel: str, target: str, width: int, dtype: torch.dtype, *, biased: bool) -> Blocks:
+    """The tiles of a kernel for heads of this width, at most 256."""
+    sizes = table_of(target, dtype, biased)[kernel]
     return sizes[min(limit for limit in sizes if limit >= width)]
 
 
-def _table_of(target: str, dtype: torch.dtype, biased: bool) -> Table:
+def table_of(target: str, dtype: torch.dtype, biased: bool) -> Table:
+    """The tiles of all kernels for a device."""
     if target == INTERPRETER:
         return INTERPRETED
     if dtype == torch.float32:

@@ -16,11 +16,10 @@ from .triton_blocks import DESCRIPTOR_TARGETS, INTERPRETER, Blocks, blocks_of
 from .triton_kernels.backward import keys_kernel, queries_kernel
 from .triton_kernels.forward import forward_kernel
 from .triton_kernels.scores import Bias, Events, Scale, Sequences, Variant
+from .triton_tuned import Shape, choices_for, device_name_of
 
 MAX_REGISTERS = 255
 """As many as a thread can have."""
-LARGEST_EVENT_STRIDE = (2**31 - 1) // 256
-"""Kernels count in 64 bits up to a tile, and in 32 bits within it; no tile has more than 256 events."""
 
 
 @dataclass(frozen=True)
@@ -45,27 +44,31 @@ class Launch:
         return self.kernel.warmup(*self.arguments, self.variant, grid=(self.num_programs,), **self.options)
 
 
-def forward_launch(problem: Problem, out: Tensor, target: str) -> Launch:
+def forward_launch(problem: Problem, out: Tensor, target: str, blocks: Blocks | None = None) -> Launch:
     """Write the attention to out `[T, H, Dv]`."""
-    blocks = blocks_for("forward", problem, target, problem.k, problem.v)
+    blocks = blocks or blocks_for("forward", problem, target)
     sequences = sequences_of(problem, blocks.rows)
     events = [events_of(x) for x in (problem.q, problem.k, problem.v, out)]
     tiles = [_tiles(x, blocks.keys, target) for x in (problem.k, problem.v)]
     return _launch(forward_kernel, problem, blocks, target, sequences, *events, *tiles)
 
 
-def keys_launch(problem: Problem, dout: Tensor, dk: Tensor, dv: Tensor, target: str) -> Launch:
+def keys_launch(
+    problem: Problem, dout: Tensor, dk: Tensor, dv: Tensor, target: str, blocks: Blocks | None = None
+) -> Launch:
     """Write the gradients of k and v to dk and dv."""
-    blocks = blocks_for("keys", problem, target, problem.q, dout)
+    blocks = blocks or blocks_for("keys", problem, target)
     sequences = sequences_of(problem, blocks.keys)
     events = [events_of(x) for x in (problem.q, problem.k, problem.v, dout, dk, dv)]
     tiles = [_tiles(x, blocks.rows, target) for x in (problem.q, dout)]
     return _launch(keys_kernel, problem, blocks, target, sequences, *events, *tiles)
 
 
-def queries_launch(problem: Problem, dout: Tensor, dq: Tensor, dscale: Tensor | None, target: str) -> Launch:
+def queries_launch(
+    problem: Problem, dout: Tensor, dq: Tensor, dscale: Tensor | None, target: str, blocks: Blocks | None = None
+) -> Launch:
     """Write the gradient of q to dq, and that of the scale by head to dscale `[T, H, 1]`, if it is there."""
-    blocks = blocks_for("queries", problem, target, problem.k, problem.v)
+    blocks = blocks or blocks_for("queries", problem, target)
     sequences = sequences_of(problem, blocks.rows)
     events = [events_of(x) for x in (problem.q, problem.k, problem.v, dout, dq)]
     dscale_events = None if dscale is None else events_of(dscale)
@@ -73,12 +76,15 @@ def queries_launch(problem: Problem, dout: Tensor, dq: Tensor, dscale: Tensor | 
     return _launch(queries_kernel, problem, blocks, target, sequences, *events, dscale_events, *tiles)
 
 
-def blocks_for(kernel: str, problem: Problem, target: str, *tiled: Tensor) -> Blocks:
-    """The tiles of a kernel for the dtype and head widths of a problem, and for how it can load what it loops over."""
-    width = max(problem.q.shape[2], problem.v.shape[2])
-    has_descriptors = target != INTERPRETER and target in DESCRIPTOR_TARGETS
-    by_pointers = has_descriptors and not all(_has_descriptor(x, target) for x in tiled)
-    return blocks_of(kernel, target, width, problem.q.dtype, biased=problem.bias is not None, by_pointers=by_pointers)
+def blocks_for(kernel: str, problem: Problem, target: str) -> Blocks:
+    """The tiles of a kernel for the dtype and head widths of a problem: those measured on its device, if any."""
+    width, dtype, biased = max(problem.q.shape[2], problem.v.shape[2]), problem.q.dtype, problem.bias is not None
+    device_name = device_name_of(problem.q.device, target)
+    if device_name is not None:
+        shape = Shape(kernel, str(dtype).removeprefix("torch."), _padded(width), biased)
+        if shape in (tuned := choices_for(device_name)):
+            return tuned[shape]
+    return blocks_of(kernel, target, width, dtype, biased=biased)
 
 
 def options_of(blocks: Blocks, target: str) -> dict[str, int]:
@@ -117,9 +123,7 @@ def sequences_of(problem: Problem, tile: int) -> Sequences:
 
 
 def events_of(x_THD: Tensor) -> Events:
-    """A tensor as the kernels take it; copied if its last dimension has holes, or its events are too far apart."""
-    if x_THD.stride(2) != 1 or x_THD.stride(0) > LARGEST_EVENT_STRIDE:
-        x_THD = x_THD.contiguous()
+    """A tensor as the kernels take it; see triton_padding."""
     return Events(x_THD, x_THD.stride(0), x_THD.stride(1))
 
 
@@ -143,19 +147,12 @@ def bias_of(problem: Problem) -> Bias | None:
 
 
 def _tiles(x_THD: Tensor, rows: int, target: str) -> TensorDescriptor | None:
-    """Tiles of `rows` events for the tensor memory accelerator, if the device has one and strides suit it."""
-    if not _has_descriptor(x_THD, target):
-        return None
-    return TensorDescriptor(x_THD, list(x_THD.shape), list(x_THD.stride()), [rows, 1, _padded(x_THD.shape[2])])
-
-
-def _has_descriptor(x_THD: Tensor, target: str) -> bool:
+    """Tiles of `rows` events for the tensor memory accelerator, if the device has one."""
     # Without tensor cores products take operands from registers: with descriptors those of heads of 256 were spilled.
     is_suited = target == INTERPRETER or x_THD.dtype != torch.float32
-    if target not in DESCRIPTOR_TARGETS or not is_suited or x_THD.stride(2) != 1 or x_THD.data_ptr() % 16:
-        return False
-    strides = x_THD.stride()[:2]
-    return 0 not in x_THD.shape and all(stride > 0 and stride * x_THD.element_size() % 16 == 0 for stride in strides)
+    if target not in DESCRIPTOR_TARGETS or not is_suited or x_THD.shape[0] == 0:
+        return None
+    return TensorDescriptor(x_THD, list(x_THD.shape), list(x_THD.stride()), [rows, 1, _padded(x_THD.shape[2])])
 
 
 def _padded(width: int) -> int:

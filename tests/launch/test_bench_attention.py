@@ -97,6 +97,9 @@ def test_the_padded_formulation_that_is_compared_computes_the_same():
         (["--static", "--arch", "sm_90,sm_1"], "--arch 'sm_1' is not known; choose from sm_80, sm_90"),
         (["--static", "--threads", "2"], "--static times nothing, so --threads has no meaning"),
         (["--static", "--device", "cpu"], "--static compiles for --arch, not for --device cpu"),
+        (["--tune", "--static"], "--tune measures tiles and nothing else, so --static has no meaning"),
+        (["--tune", "--device", "cpu"], "--tune measures kernels that run on a GPU, not on --device cpu"),
+        (["--tune", "--lengths", "64,128"], "--tune takes one length, not 2"),
     ],
 )
 def test_options_that_contradict_each_other_exit_2(argv, message, capsys):
@@ -108,6 +111,12 @@ def test_options_that_contradict_each_other_exit_2(argv, message, capsys):
 def test_asking_for_a_gpu_that_is_not_there_exits_2(capsys):
     assert cli.main(["bench", "attention", "--device", "cuda"]) == 2
     assert "--device cuda, but torch finds no CUDA device here" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tuning_without_a_gpu_exits_2_and_says_what_is_used_instead(capsys):
+    assert cli.main(["bench", "attention", "--tune"]) == 2
+    assert "torch finds none here; the built-in tiles need no tuning" in capsys.readouterr().err
 
 
 def test_the_static_report_shows_and_writes_what_each_kernel_costs_once_results_are_right(

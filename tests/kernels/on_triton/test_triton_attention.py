@@ -16,7 +16,8 @@ from triton_device import DEVICE, INTERPRETED, needs_triton
 from ultrarec.kernels import AttentionMask, hstu_attention
 from ultrarec.kernels.hstu_attention.operator import Problem
 from ultrarec.kernels.hstu_attention.triton_kernels.scores import Events, Sequence, row_pointers
-from ultrarec.kernels.hstu_attention.triton_launch import LARGEST_EVENT_STRIDE, events_of, sequences_of
+from ultrarec.kernels.hstu_attention.triton_launch import sequences_of
+from ultrarec.kernels.hstu_attention.triton_padding import LARGEST_EVENT_STRIDE, padded
 
 # In the interpreter tiles are of 16 or 32 queries and keys: these lengths are at and off their edges.
 LENGTHS = (0, 1, 31, 33, 0, 7, 80, 64)
@@ -202,8 +203,25 @@ def test_addresses_beyond_32_bits_are_exact(event_stride: int, head_stride: int)
 
 
 def test_events_too_far_apart_for_32_bits_within_a_tile_are_copied() -> None:
-    x = torch.zeros(1, device=DEVICE).as_strided((1, 2, 1), (LARGEST_EVENT_STRIDE + 1, 0, 1))
-    assert events_of(x).event_stride == 2
+    x = torch.zeros(32, device=DEVICE).as_strided((1, 2, 16), (16 * (LARGEST_EVENT_STRIDE // 16 + 1), 16, 1))
+    assert padded(x).stride() == (32, 16, 1)
+
+
+@pytest.mark.parametrize("width", [16, 48, 50])
+def test_unaligned_tensors_give_the_same_result_as_aligned_ones(width: int) -> None:
+    """The first element 4 bytes behind an aligned address, and strides that no 16-byte load takes."""
+    torch.manual_seed(0)
+    buffers = torch.randn(3, 40 * 2 * (width + 1) + 1, device=DEVICE)
+    strided = [x[1:].view(40, 2, width + 1)[..., :width] for x in buffers]
+    offsets = torch.tensor([0, 33, 40], device=DEVICE)
+    results = []
+    for inputs in (strided, [x.contiguous() for x in strided]):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out = hstu_attention(*inputs, offsets, max_seq_len=33, backend="triton")
+        # Summed up, the gradient of the output is one element for all: its strides are zero.
+        results.append([out, *torch.autograd.grad(out.sum(), inputs)])
+    for got, wanted in zip(*results, strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_the_operator_passes_opcheck() -> None:
