@@ -180,6 +180,20 @@ def test_the_command_evaluates_the_step_it_is_asked_for(trained, arguments, caps
     assert "ndcg@10" in printed
 
 
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_it_evaluated(trained, arguments, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(trained(1)["full_softmax"], out)
+    damaged = checkpoint_folder(out, 24) / "index.json"
+    damaged.write_bytes(damaged.read_bytes().replace(b"F32", b"F16", 1))
+    assert run(arguments(out)) == 0
+    printed = capsys.readouterr()
+    assert "is damaged: index.json has another checksum" in printed.err
+    assert printed.err.endswith("; looking for the checkpoint before it\n")
+    assert "test (step 20)" in printed.out
+    with pytest.raises(UserError, match="; the one before it is --checkpoint 20: give that instead"):
+        run(arguments(out, "--checkpoint", "24"))
+
+
 @pytest.mark.parametrize(
     ("choice", "told"),
     [
