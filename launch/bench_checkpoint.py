@@ -40,9 +40,12 @@ def run(args: argparse.Namespace) -> int:
     needed, free = int(NEEDED_COPIES * args.gib * 2**30), shutil.disk_usage(args.where).free
     if free < needed:
         raise UserError(f"--gib {args.gib:g} needs {needed:,} bytes in {args.where.resolve()}, which has {free:,}")
-    signal.signal(signal.SIGTERM, _end)
-    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=args.where) as folder:
-        measured = _measure(Path(folder), ranks=args.ranks, gib=args.gib)
+    previous = signal.signal(signal.SIGTERM, _end)
+    try:
+        with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=args.where) as folder:
+            measured = _measure(Path(folder), ranks=args.ranks, gib=args.gib)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     report = _report(measured, args)
     print(_page(report))
     if args.out is not None:

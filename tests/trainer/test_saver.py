@@ -184,6 +184,9 @@ def test_commands_read_an_object_store_as_they_read_a_folder(trained, dataset, t
     (home / "checkpoints" / "step-00000024" / "rank-00001.safetensors").unlink()
     assert command("verify", address("shelf/run")) == 1
     assert "rank-00001.safetensors is missing" in capsys.readouterr().out
+    set_aside(home / "checkpoints" / "step-00000024")
+    assert saved_steps(home) == [20]
+    assert retain(home, CheckpointConfig(), {}) == {20}
 
 
 def piece(value: float) -> list[Piece]:
