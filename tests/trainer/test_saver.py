@@ -23,7 +23,7 @@ from ultrarec.trainer.config import CheckpointConfig
 from ultrarec.trainer.manifest import Manifest, all_checkpoints, checkpoint_folder, complete_checkpoints, step_of
 from ultrarec.trainer.parallel import World
 from ultrarec.trainer.pieces import Piece
-from ultrarec.trainer.retention import kept_steps, retain, set_aside, worth_keeping
+from ultrarec.trainer.retention import kept_steps, ranked, retain, scores, set_aside, worth_keeping
 from ultrarec.trainer.saver import Saver
 from ultrarec.trainer.state import TrainState
 from ultrarec.trainer.storage import location, put
@@ -113,20 +113,19 @@ def test_each_setting_keeps_its_own_checkpoints_and_no_others(settings, kept):
     assert sorted(kept_steps(steps, CheckpointConfig(**settings), scores=scores)) == kept
 
 
-@pytest.mark.parametrize(("metric", "best"), [("loss", min), ("auc/is_click", max), (None, min)])
-def test_the_best_checkpoint_is_kept_however_old(dataset, tmp_path, metric, best):
-    out = tmp_path / "out"
-    settings = ["checkpoint.every=2", "trainer.evaluate_every=2", "checkpoint.keep_last=1", "checkpoint.keep_best=1"]
-    settings += [f"checkpoint.best_metric={metric}"] if metric else []
-    settings += ["trainer.max_steps=8", "optimizer.lr=0.1"]
-    assert train_here(config_of(dataset, "ranking", *settings), out, tmp_path / "recipe.toml") == 0
-
-    def value(line):
-        return line[metric] if metric else line["ne/is_click"] + line["ne/long_view"]
-
-    expected = best(lines(out, "validation"), key=value)["step"]
-    assert saved_steps(out) == sorted({expected, 8})
-    assert all_checkpoints(out) == complete_checkpoints(out)
+@pytest.mark.parametrize(
+    ("metric", "best"), [("loss", 2), ("ne/a", 3), ("auc/a", 1), ("unknown", None), (None, 2)], ids=str
+)
+def test_the_metric_tells_which_is_best(metric, best):
+    validations = {
+        1: {"loss": 0.5, "ne/a": 0.9, "ne/b": 0.9, "auc/a": 0.8},
+        2: {"loss": 0.4, "ne/a": 0.8, "ne/b": 0.7, "auc/a": 0.7},
+        3: {"loss": 0.6, "ne/a": 0.7, "ne/b": 0.9, "auc/a": None},
+        4: {"loss": None, "ne/a": None, "ne/b": 0.1, "auc/a": None},
+    }
+    known = scores(validations, metric)
+    assert 4 not in known
+    assert next(iter(ranked(list(known), known)), None) == best
 
 
 @pytest.fixture(scope="module")
