@@ -67,6 +67,11 @@ class Writer:
             command = [sys.executable, "-m", f"{__package__}.writer", *map(str, numbers)]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=numbers[:2])
 
+    @property
+    def pid(self) -> int:
+        """Id of the process."""
+        return self._process.pid
+
     def revive(self) -> None:
         """Start the process anew if it died."""
         if self._process.poll() is not None:
