@@ -115,6 +115,7 @@ def run(runner: Runner, request: Any, *, out: Path, size: application.Size, grac
             raise UserError(f"cannot write the logs below {out}: {error.strerror}; choose another --out") from None
         try:
             succeeded = _wait(runner, handle, followed, caught, at_least=size.min_nodes or size.nodes)
+            succeeded = succeeded or (not caught and _outlived_losses(runner, app_id, size))
         finally:
             processes.stop_all(
                 caught[0] if caught else signal.SIGTERM,
@@ -163,6 +164,18 @@ def _wait(runner: Runner, handle: str, followed: list[_FirstRank], caught: list[
             return False
         time.sleep(POLL_SECONDS)
     return False
+
+
+def _outlived_losses(runner: Runner, app_id: str, size: application.Size) -> bool:
+    """Whether enough nodes of an elastic job came to its end; TorchX calls it failed if any node was lost."""
+    if size.min_nodes is None:
+        return False
+    replicas = runner._scheduler("local_cwd")._apps[app_id].role_replicas[application.ROLE]
+    ended_well = sum(replica.proc.poll() == 0 for replica in replicas)
+    if ended_well < size.min_nodes:
+        return False
+    print(f"note: the job came to its end on {ended_well} of {size.nodes} nodes; the others were lost", file=sys.stderr)
+    return True
 
 
 def _show(followed: list[_FirstRank]) -> None:
