@@ -199,11 +199,26 @@ class _FirstRank:
     def show(self) -> None:
         for name, sink in self._sinks.items():
             for path in sorted(self._logs.glob(f"*/attempt_*/0/{name}"), key=_attempt):
-                if path not in self._files:
-                    self._files[path] = path.open("rb")
-                if new := self._files[path].read():
+                if new := self._news(path):
                     sink.write(new.decode("utf-8", errors="replace"))
                     sink.flush()
+
+    def _news(self, path: Path) -> bytes:
+        """What has been written since the last look.
+
+        Ranks that start again since a node has come count as the same attempt: torchrun puts new files in the place of
+        theirs.
+        """
+        file = self._files.pop(path, None)
+        news = b"" if file is None else file.read()
+        if file is None or os.fstat(file.fileno()).st_nlink == 0:
+            try:
+                file = path.open("rb")
+            except FileNotFoundError:
+                return news
+            news += file.read()
+        self._files[path] = file
+        return news
 
 
 @dataclass(frozen=True)
