@@ -115,6 +115,8 @@ def run(runner: Runner, request: Any, *, out: Path, size: application.Size, grac
             raise UserError(f"cannot write the logs below {out}: {error.strerror}; choose another --out") from None
         try:
             succeeded = _wait(runner, handle, followed, caught, at_least=size.min_nodes or size.nodes)
+            ends = _ends(runner, app_id)  # before those that are left are stopped
+            succeeded = succeeded or (not caught and _outlived_losses(ends, size))
         finally:
             processes.stop_all(
                 caught[0] if caught else signal.SIGTERM,
@@ -126,7 +128,7 @@ def run(runner: Runner, request: Any, *, out: Path, size: application.Size, grac
     if caught:
         print(f"stopped by {signal.Signals(caught[0]).name}; the same command continues the run", file=sys.stderr)
         return 128 + caught[0]
-    return 0 if succeeded else _explain(agents, out=out, app_id=app_id)
+    return 0 if succeeded else _explain(agents, ends, out=out, app_id=app_id)
 
 
 @contextmanager
@@ -165,6 +167,21 @@ def _wait(runner: Runner, handle: str, followed: list[_FirstRank], caught: list[
     return False
 
 
+def _ends(runner: Runner, app_id: str) -> list[int | None]:
+    """How the launcher of each node ended: exit code, minus the signal that killed it, None while it runs."""
+    replicas = runner._scheduler("local_cwd")._apps[app_id].role_replicas[application.ROLE]
+    return [replica.proc.poll() for replica in replicas]
+
+
+def _outlived_losses(ends: list[int | None], size: application.Size) -> bool:
+    """Whether enough nodes of an elastic job came to its end; TorchX calls it failed if any node was lost."""
+    ended_well = ends.count(0)
+    if size.min_nodes is None or ended_well < size.min_nodes:
+        return False
+    print(f"note: the job came to its end on {ended_well} of {size.nodes} nodes; the others were lost", file=sys.stderr)
+    return True
+
+
 def _show(followed: list[_FirstRank]) -> None:
     for rank in followed:
         rank.show()
@@ -182,11 +199,26 @@ class _FirstRank:
     def show(self) -> None:
         for name, sink in self._sinks.items():
             for path in sorted(self._logs.glob(f"*/attempt_*/0/{name}"), key=_attempt):
-                if path not in self._files:
-                    self._files[path] = path.open("rb")
-                if new := self._files[path].read():
+                if new := self._news(path):
                     sink.write(new.decode("utf-8", errors="replace"))
                     sink.flush()
+
+    def _news(self, path: Path) -> bytes:
+        """What has been written since the last look.
+
+        Ranks that start again since a node has come count as the same attempt: torchrun puts new files in the place of
+        theirs.
+        """
+        file = self._files.pop(path, None)
+        news = b"" if file is None else file.read()
+        if file is None or os.fstat(file.fileno()).st_nlink == 0:
+            try:
+                file = path.open("rb")
+            except FileNotFoundError:
+                return news
+            news += file.read()
+        self._files[path] = file
+        return news
 
 
 @dataclass(frozen=True)
@@ -220,20 +252,19 @@ class _Failure:
                 found.append(cls(time=match["time"], node=node, **numbers))
         return min(found, key=lambda failure: failure.time, default=None)
 
-    def how(self) -> str:
-        if self.exit_code < 0:
-            return f"was killed by {signal.Signals(-self.exit_code).name}"
-        return f"ended with exit code {self.exit_code}"
+
+def _how(exit_code: int) -> str:
+    if exit_code < 0:
+        return f"was killed by {signal.Signals(-exit_code).name}"
+    return f"ended with exit code {exit_code}"
 
 
-def _explain(agents: list[Path], *, out: Path, app_id: str) -> int:
+def _explain(agents: list[Path], ends: list[int | None], *, out: Path, app_id: str) -> int:
     """Say which process failed first, its last words and where all logs are; returns the exit code for this launch."""
     logs = out / "logs" / app_id
     failure = _Failure.first(agents)
     if failure is None:
-        words = _last_lines(agents)
-        print(f"error: the launcher failed; its last lines:\n{words}\nlogs: {agents[0].parent}", file=sys.stderr)
-        return 1
+        return _explain_launcher(agents, ends)
     if failure.local_rank > 0:  # what the first rank of a node said is on the screen already
         logs_of_rank = application.rank_logs(out, app_id, failure.node).glob(f"*/attempt_*/{failure.local_rank}/*")
         folders = sorted((path.parent for path in logs_of_rank if path.name == "stderr.log"), key=_attempt)
@@ -241,9 +272,19 @@ def _explain(agents: list[Path], *, out: Path, app_id: str) -> int:
         last = [folder for folder in folders if _read(folder / "stderr.log")][-1:]
         print(f"last lines of rank {failure.rank}:\n{_last_lines(last)}", file=sys.stderr)
     if failure.exit_code != USER_ERROR:  # that one has explained itself
-        print(f"error: rank {failure.rank} on node {failure.node} {failure.how()}", file=sys.stderr)
+        print(f"error: rank {failure.rank} on node {failure.node} {_how(failure.exit_code)}", file=sys.stderr)
     print(f"logs of all ranks: {logs}", file=sys.stderr)
     return failure.exit_code if failure.exit_code > 0 else 128 - failure.exit_code
+
+
+def _explain_launcher(agents: list[Path], ends: list[int | None]) -> int:
+    """Say how torchrun itself ended, last: what its ranks say when they have lost it is not the cause."""
+    print(f"last lines of the launchers:\n{_last_lines(agents)}\nlogs: {agents[0].parent}", file=sys.stderr)
+    failed = [(node, code) for node, code in enumerate(ends) if code]
+    # One that was killed first: those that miss it fail too.
+    node, code = min(failed, key=lambda each: each[1], default=(0, 1))
+    print(f"error: torchrun on node {node} {_how(code)}; the same command continues the run", file=sys.stderr)
+    return code if code > 0 else 128 - code
 
 
 def _attempt(path: Path) -> int:

@@ -49,9 +49,15 @@ END_SECONDS = 30.0
 """Within which the ranks that are left end by themselves: the time limit of collectives, the watchdog, and starting."""
 STUCK_SECONDS = 120.0
 DISK_BYTES = 2**16
-"""Largest file that a rank may write while its disk is full: metrics and audit stay below, its shards do not."""
+"""Largest file that a rank may write while its disk is nearly full: metrics and audit stay below, its shards do not."""
+FULL_STEPS = 3
+"""For how many steps a rank can write nothing at all."""
 PHASES = ("data", "exchange", "forward", "backward", "agreement", "tables", "optimizer", "checkpoint", "manifest")
-KINDS = ("kill one", "kill all", "terminate", "stop", "disk full", "corrupt")
+KINDS = ("kill one", "kill all", "terminate", "stop", "disk full", "all full", "corrupt")
+ENDURED = ("disk full", "all full")
+"""Faults that end no run: a save finds no room, or nothing at all does, not even a line of metrics, audit or log."""
+TARGETS = {"shard": "rank-*.safetensors", "index": "index.json", "manifest": MANIFEST}
+"""What is damaged of the newest checkpoint, once all ranks have been killed."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +71,27 @@ class Fault:
     """Strikes when the rank enters the phase for the count-th time."""
     delay: float
     """Seconds later."""
+    target: str = "shard"
+    is_cut: bool = False
+    """Whether damage cuts the file off, or flips a bit."""
+    place: float = 0.5
+    """Where in the file, from 0 to 1."""
 
     @staticmethod
     def draw(dice: random.Random, kinds: tuple[str, ...], world_size: int) -> Fault:
         kind = dice.choice(kinds)
-        phase = "checkpoint" if kind == "disk full" else dice.choice(PHASES)
+        phase = {"disk full": "checkpoint", "all full": "agreement"}.get(kind) or dice.choice(PHASES)
         rare = phase in ("checkpoint", "manifest")
+        last = STEPS - 3 - FULL_STEPS if kind == "all full" else STEPS - 4
         return Fault(
             kind,
             rank=0 if phase == "manifest" else dice.randrange(world_size),
             phase=phase,
-            count=dice.randint(1, 5 if rare else STEPS - 4),
-            delay=0.0 if phase == "manifest" or kind == "disk full" else dice.choice([0.0, dice.uniform(0.0, 0.02)]),
+            count=dice.randint(1, 5 if rare else last),
+            delay=0.0 if phase == "manifest" or kind in ENDURED else dice.choice([0.0, dice.uniform(0.0, 0.02)]),
+            target=dice.choice(list(TARGETS)),
+            is_cut=dice.random() < 0.5,
+            place=dice.random(),
         )
 
 
@@ -111,6 +126,8 @@ def arm(fault: Fault, strikes: Any) -> None:
                 threading.Timer(fault.delay, strike, (fault, strikes)).start()
             else:
                 strike(fault, strikes)
+        if fault.kind == "all full" and name == fault.phase and entered == fault.count + FULL_STEPS:
+            limit_files(resource.RLIM_INFINITY)
 
     phase, write = Timer.phase, Manifest.write
 
@@ -131,6 +148,9 @@ def strike(fault: Fault, strikes: Any) -> None:
     if fault.kind == "disk full":
         limit_files(DISK_BYTES)
         threading.Timer(0.5, limit_files, (resource.RLIM_INFINITY,)).start()
+        return
+    if fault.kind == "all full":
+        limit_files(0)
         return
     signals = {"terminate": signal.SIGTERM, "stop": signal.SIGSTOP}
     os.kill(os.getpid(), signals.get(fault.kind, signal.SIGKILL))
@@ -209,12 +229,14 @@ def survive(recipe: Path, out: Path, faults: list[Fault], *, world_sizes: list[i
     for number, fault in enumerate([*faults, None]):
         world_size = world_sizes[min(number, len(world_sizes) - 1)]
         ended = attempt(argv, log, world_size=world_size, fault=fault)
-        if ended.struck is None or ended.struck == "disk full":
+        if ended.struck is None or ended.struck in ENDURED:
             # Only a run that cannot save its last step may end otherwise, and must be continued.
             last = ended.struck is not None and "the last step's checkpoint could not be written" in log.read_text()
             assert set(ended.codes) <= ({0, 2} if last else {0}), f"{fault}: {ended.codes}\n{log.read_text()[-3000:]}"
         if ended.struck == "disk full":
             assert "NOT WRITTEN" in log.read_text(), f"{fault}: the failed save was not told of"
+        if ended.struck == "all full":
+            assert "can be written again" in log.read_text(), f"{fault}: that lines had to wait was not told of"
         struck += [ended.struck] if ended.struck else []
         if set(ended.codes) == {0}:
             break
@@ -230,19 +252,24 @@ def check_what_stands(out: Path, log: Path, fault: Fault | None, ended: Attempt)
         assert saved == reached, f"{fault}: stopped after step {reached}, saved was {saved}"
     # A save in flight, and the steps since it began.
     assert reached - saved <= 2 * EVERY, f"{fault}: trained {reached} steps, saved were {saved}"
-    if ended.struck == "stop":
+    if ended.struck == "stop" and len(ended.codes) > 1:
         stacks = "".join(path.read_text() for path in (out / "stacks").glob("rank-*.txt"))
         # Ranks that wait in a save or an evaluation, which the watchdog leaves alone, end by the limit of collectives.
         assert "loop.py" in stacks or "Timed out" in log.read_text(), f"{fault}: nobody said why the ranks ended"
     if ended.struck == "corrupt" and len(complete_checkpoints(out)) > 1:
-        damage(complete_checkpoints(out)[-1])
+        assert fault is not None
+        damage(fault, Path(str(complete_checkpoints(out)[-1])))
 
 
-def damage(folder: Any) -> None:
-    """Flip a bit in the largest file of a checkpoint."""
-    path = max(Path(folder).iterdir(), key=lambda each: each.stat().st_size)
+def damage(fault: Fault, folder: Path) -> None:
+    """Cut off one of a checkpoint's files, or flip a bit in it."""
+    path = max(folder.glob(TARGETS[fault.target]))
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    place = int(fault.place * len(content))
+    if fault.is_cut:
+        content = content[:place]
+    else:
+        content[place] ^= 1 << place % 8
     path.write_bytes(content)
 
 
@@ -260,8 +287,9 @@ def check_equal(out: Path, whole: Path, *, world_size: int) -> None:
 
 
 def comparable(out: Path, split: str) -> list[dict[str, Any]]:
-    """Metrics lines without the count of saves that failed."""
-    return [{k: v for k, v in line.items() if k != "failed_saves"} for line in lines(out, split)]
+    """Metrics lines without what they count of faults."""
+    counts = ("failed_saves", "unwritten_lines")
+    return [{k: v for k, v in line.items() if k not in counts} for line in lines(out, split)]
 
 
 def check_complete(out: Path, whole: Path) -> None:

@@ -116,7 +116,8 @@ class LaunchConfig(Section):
     image: str = "ultrarec:latest"
     """Container image, for schedulers that run one."""
     max_restarts: int = Field(default=3, ge=0)
-    """Restarts in place, by torchrun, after a process failed; each continues from the newest complete checkpoint."""
+    """Restarts in place, by torchrun, after a process failed or one of MIN:MAX nodes was lost; each continues from the
+    newest complete checkpoint."""
     max_retries: int = Field(default=3, ge=0)
     """Restarts of the whole job by the scheduler, after torchrun has given up or a node was taken away."""
     grace_seconds: int = Field(default=120, gt=0)

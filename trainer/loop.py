@@ -170,7 +170,7 @@ def evaluate(run: Run, split: Split) -> None:
     start = time.monotonic()
     # The pipeline's rewritten model expects ids that are already exchanged; evaluation runs the plain one.
     run.pipeline.detach()
-    with run.watchdog.paused():
+    with run.timer.phase("evaluation"), run.watchdog.paused():
         metrics = run.evaluator(split)
     if split == "validation":
         run.state.validated(metrics)

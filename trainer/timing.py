@@ -14,11 +14,15 @@ from .parallel import gather_rows
 
 T = TypeVar("T")
 
-PHASES = ("data", "exchange", "forward", "backward", "agreement", "tables", "optimizer", "checkpoint")
+PHASES = (
+    *("data", "exchange", "forward", "backward", "agreement", "tables", "optimizer"),
+    *("checkpoint", "evaluation", "other"),
+)
 """`data`: waiting for the loader; `exchange`: of ids, and of the looked-up vectors with their lookup; `forward` and
 `backward`: of the model, the latter with the sum of gradients over ranks; `agreement`: on finite numbers; `tables`:
-backward of the lookup, with the exchange of gradients and the tables' update; `checkpoint`: what saves hold up."""
-ON_HOST = ("data", "checkpoint")
+backward of the lookup, with the exchange of gradients and the tables' update; `checkpoint`: what saves hold up;
+`evaluation`: of held-out splits; `other`: what is left of the time, as records, logging and the loop itself take it."""
+ON_HOST = ("data", "checkpoint", "evaluation")
 """Phases that a device has no part in."""
 OWN = ("data", "forward", "optimizer")
 """Phases in which no rank waits for another: only they tell who is slow."""
@@ -38,6 +42,7 @@ class Timer:
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._since = time.perf_counter()
         self._open: list[str] = []
         self._events: list[tuple[str, str | None, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -58,12 +63,17 @@ class Timer:
                 self._add(name, outer, time.perf_counter() - start)
 
     def read(self) -> dict[str, float]:
-        """The seconds of every phase since the last reading."""
+        """The seconds of every phase since the last reading; together, all the time since then.
+
+        On CUDA less, or more, as far as the host waits for the device, or phases overlap there.
+        """
         for name, outer, begin, end in self._events:
             end.synchronize()
             self._add(name, outer, begin.elapsed_time(end) / 1000)
         self._events.clear()
         seconds, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
+        since, self._since = self._since, time.perf_counter()
+        seconds["other"] = max(self._since - since - sum(seconds.values()), 0.0)
         return seconds
 
     def watch(self, batches: Iterable[T]) -> Iterator[T]:

@@ -58,6 +58,12 @@ def test_the_image_argument_wins():
     assert train(config=RECIPE, image="mine:2").roles[0].image == "mine:2"
 
 
+def test_a_job_that_may_lose_nodes_says_how_often_ranks_start_again_and_never_looks_for_them_in_an_old_place():
+    app = train("launch.max_restarts=50", config=RECIPE, j="2:4x8")
+    assert "--nnodes 2:4 --nproc-per-node 8 --max-restarts 50 " in command_of(app)
+    assert app.roles[0].env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
 def test_no_shell_ever_sees_inside_a_value():
     value = 'data.path="a b/$HOME/`id`"'
     script = command_of(train(value, config=RECIPE, out="runs/$x y")).replace("$$", "$")

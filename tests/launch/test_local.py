@@ -1,6 +1,7 @@
 """Launches on this machine: real torchrun, real processes, and a worker in the place of the trainer."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,19 @@ def test_what_a_rank_prints_last_on_stdout_is_shown_after_its_stderr(tmp_path, c
     assert capfd.readouterr().out == "a warning\nthe table\n"
 
 
+def test_a_rank_that_starts_again_in_the_same_attempt_is_heard_on(tmp_path, capfd):
+    """Torchrun removes the folder of an attempt when it begins it anew, since another node has come."""
+    folder = tmp_path / "none" / "attempt_0" / "0"
+    first = _FirstRank(tmp_path)
+    for said in ("before\n", "after\n"):
+        folder.mkdir(parents=True)
+        (folder / "stdout.log").write_text(said)
+        first.show()
+        shutil.rmtree(folder)
+        first.show()
+    assert capfd.readouterr().out == "before\nafter\n"
+
+
 def test_two_nodes_form_one_job_and_its_first_rank_is_heard(tmp_path):
     worker = (
         "print('world', os.environ['WORLD_SIZE'], 'rank', rank, 'threads', os.environ['OMP_NUM_THREADS'], flush=True)"
@@ -145,8 +159,9 @@ def test_ranks_whose_launcher_was_killed_do_not_live_on(tmp_path):
     )
     job = start(tmp_path, worker, "1x2")
     _, err = job.communicate(timeout=90)
-    assert job.returncode == 1, err
-    assert "error: the launcher failed" in err
+    assert job.returncode == 137, err
+    said = "error: torchrun on node 0 was killed by SIGKILL; the same command continues the run"
+    assert err.splitlines()[-1] == said, "the cause is what a user reads last"
     assert still_running([int((tmp_path / f"pid-{rank}").read_text()) for rank in range(2)]) == []
 
 

@@ -2,8 +2,12 @@
 
 import contextlib
 import io
+import json
 import math
 import re
+import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from unittest.mock import patch
@@ -17,6 +21,7 @@ from small_runs import config_of, lines, train_on_ranks
 from ultrarec.data.errors import UserError
 from ultrarec.trainer import parallel, replay_command
 from ultrarec.trainer import run as opening
+from ultrarec.trainer.config import load_config
 from ultrarec.trainer.journal import METRICS_FILE
 from ultrarec.trainer.parallel import World
 
@@ -108,3 +113,42 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is no run folder: it has no config\.toml; check the path"):
         replay_command.run(Namespace(run_dir=tmp_path, step=1))
     assert not (tmp_path / METRICS_FILE).exists()
+
+
+def replay_by_command(out: Path, step: int) -> tuple[int, str]:
+    """Exit code and messages of the command, which must not have loaded torch."""
+    script = (
+        "import sys\nfrom ultrarec.launch.cli import main\n"
+        "code = main(['replay', *sys.argv[1:]])\nsys.exit(99 if 'torch' in sys.modules else code)"
+    )
+    command = [sys.executable, "-c", script, str(out), str(step)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return done.returncode, done.stderr
+
+
+def test_another_dataset_or_a_step_that_never_was_is_refused_before_anything_heavy_is_loaded(trained, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained(1)["ranking"], out)
+    code, said = replay_by_command(out, 25)
+    assert (code, said) == (2, f"error: step 25: {out} has come to step 24; choose one from 1 to 24\n")
+    path = load_config(str(out / "config.toml")).data.path
+    other = tmp_path / "other" / "dataset"
+    shutil.copytree(path, other)
+    info = json.loads((other / "dataset.json").read_text())
+    info["vocabularies"]["items"]["size"] += 7
+    (other / "dataset.json").write_text(json.dumps(info))
+    (out / "config.toml").write_text((out / "config.toml").read_text().replace(path, str(other)))
+    code, said = replay_by_command(out, 3)
+    assert code == 2
+    assert said.startswith(f"error: {out} was trained on another dataset than {other} is now (fingerprints ")
+    assert said.endswith("; restore that dataset to replay the run\n")
+
+
+def test_a_step_behind_the_last_line_of_a_run_that_broke_off_may_have_been_trained(tmp_path, trained):
+    out = tmp_path / "out"
+    shutil.copytree(trained(1)["ranking"], out)
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 22))
+    shutil.rmtree(out / "checkpoints" / "step-00000024")
+    assert "step 23: loss " in run_ranks(replayed, out, 23, world_size=1)[0]
+    assert replay_by_command(out, 24)[1] == f"error: step 24: {out} has come to step 22; choose one from 1 to 22\n"
