@@ -9,9 +9,10 @@ from collections import Counter
 from itertools import islice
 
 import pytest
+from orders import pairs_cost
 
 from ultrarec.data.config import DataConfig
-from ultrarec.data.loader import CostModel, Loader, LoaderState, NextItemSampler, RankingSampler
+from ultrarec.data.loader import Loader, LoaderState, NextItemSampler, RankingSampler
 from ultrarec.data.synthetic import random_histories, write_dataset
 
 NUM_ITEMS, EPOCHS = 30, 2
@@ -40,7 +41,7 @@ def datasets(tmp_path_factory):
 def loaders(path, sampler, size, *, world_size, state):
     config = DataConfig(path=path, shuffle_row_groups=3, **size)
     options = {"split": "train", "world_size": world_size, "epochs": EPOCHS, "state": state}
-    return [Loader(config, sampler, rank=k, **options, cost_model=CostModel(pair=0.05)) for k in range(world_size)]
+    return [Loader(config, sampler, rank=k, **options, cost_model=pairs_cost(0.05, 6)) for k in range(world_size)]
 
 
 def consumed(step):
