@@ -81,7 +81,7 @@ def num_samples(sampler, split, *, num_events, num_train, num_validation):
     end = {"train": num_train, "validation": num_train + num_validation, "test": num_events}[split]
     if sampler is RANKING:
         return math.ceil((end - begin) / (2 if split == "train" else 1))
-    return int(end >= 2) if split == "train" else end - max(begin, 1)
+    return math.ceil(max(end - 1, 0) / NEXT_ITEM.max_history) if split == "train" else end - max(begin, 1)
 
 
 def inputs(batch):

@@ -201,9 +201,12 @@ def test_steps_of_large_epochs_are_estimated_from_the_first_samples(monkeypatch)
     by_cost = long_order(step_size=StepSize("cost", 100_000))
     exact = by_cost.num_steps(2)
     monkeypatch.setattr("ultrarec.data.order.COUNTED", 2_000)
-    walked = []
-    monkeypatch.setattr(
-        Order, "_window", lambda of, *place, make=Order._window: walked.append(place) or make(of, *place)
-    )
+    walked, window = [], Order._window
+
+    def counting(of, *place):
+        walked.append(place)
+        return window(of, *place)
+
+    monkeypatch.setattr(Order, "_window", counting)
     assert by_cost.num_steps(2) == pytest.approx(exact, rel=0.03)
     assert len(walked) == 1

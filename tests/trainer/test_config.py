@@ -93,7 +93,7 @@ def test_an_override_without_a_value_takes_the_setting_out_of_the_recipe(recipe)
     data = load_config(recipe(), ["data.batch_rows=", "data.batch_tokens=100"]).data
     assert (data.batch_rows, data.batch_tokens) == (None, 100)
     assert load_config(recipe(), ["data.features="]).data.features == {}
-    with pytest.raises(UserError, match="does not set data.batch_row, so there is nothing to remove"):
+    with pytest.raises(UserError, match=r"does not set data\.batch_row, so there is nothing to remove"):
         load_config(recipe(), ["data.batch_row="])
 
 
@@ -196,7 +196,7 @@ def test_an_override_through_a_value_is_refused(recipe):
     [
         ("dim = 8\n", "embeddings.dim is missing; set it"),
         ("batch_rows = 8\n", "data.batch_rows=None, data.batch_tokens=None, data.batch_cost=None: exactly one of "
-                             "them sizes a step; set one and remove the others"),
+                             "them sizes a step; set one and remove the others (--set data.NAME= removes one)"),
         ("epochs = 1\n", NEITHER_END),
         ("[trainer]\nepochs = 1\n", "trainer is missing; set it"),
     ],

@@ -18,7 +18,7 @@ def config_of(tmp_path):
     def make(kind, *overrides):
         path = tmp_path / "recipe.toml"
         path.write_text({"ranking": RANKING, "next_item": NEXT_ITEM}[kind].format(path=tmp_path))
-        return load_config(str(path), [f"data.max_history={LONGEST}", *overrides])
+        return load_config(str(path), [f"data.max_history={LONGEST}", "data.batch_rows=8", *overrides])
 
     return make
 
@@ -61,11 +61,8 @@ def test_a_target_that_the_window_hides_history_from_is_cheaper_than_one_that_se
         exempt = mask.window == 0 or mask.full_tail or mask.prefix
         return 1 + sum(bool(exempt) or last - j <= mask.window for j in range(last))
 
-    blind, hidden, seeing = (
-        target("model.window=1"),
-        target("model.window=8"),
-        target("model.window=8", "model.prefix=1"),
-    )
+    blind, hidden = target("model.window=1"), target("model.window=8")
+    seeing = target("model.window=8", "model.prefix=1")
     assert seeing == pytest.approx(target(), rel=1e-3)
     each = (seeing - 1) / (pairs() - 1)
     for cost, mask in ((blind, {"window": 1}), (hidden, {"window": 8}), (seeing, {"window": 8, "prefix": 1})):
