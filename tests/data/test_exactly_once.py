@@ -91,7 +91,8 @@ def rank_of(rank, world_size, state):
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
-        loader = Loader(config, RankingSampler(6, 2), split="train", rank=rank, world_size=world_size, epochs=2, state=state)
+        options = {"rank": rank, "world_size": world_size, "epochs": 2, "state": state}
+        loader = Loader(config, RankingSampler(6, 2), split="train", **options)
         with os.fdopen(writing, "w") as out:
             for batch in loader:
                 state = [batch.state.epoch, batch.state.consumed]
