@@ -86,12 +86,12 @@ from ultrarec.data.loader import Loader, LoaderState, RankingSampler
 
 config = DataConfig(path=sys.argv[1], batch_rows=11, shuffle_row_groups=3)
 
-def rank_of(rank, world_size, state):
+def rank_of(rank, world_size, epochs, state):
     # Forked, which takes nothing of a loader along: importing torch five times took 40 s.
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
-        options = {"rank": rank, "world_size": world_size, "epochs": 2, "state": state}
+        options = {"rank": rank, "world_size": world_size, "epochs": epochs, "state": state}
         loader = Loader(config, RankingSampler(6, 2), split="train", **options)
         with os.fdopen(writing, "w") as out:
             for batch in loader:
@@ -102,7 +102,9 @@ def rank_of(rank, world_size, state):
     return pid, os.fdopen(reading)
 
 def run(world_size, state, kill_after):
-    ranks = [rank_of(rank, world_size, LoaderState(*state)) for rank in range(world_size)]
+    # Without end where they are to be killed, or they might be done by then.
+    epochs = 2 if kill_after is None else None
+    ranks = [rank_of(rank, world_size, epochs, LoaderState(*state)) for rank in range(world_size)]
     for lines in islice(zip(*(out for _, out in ranks), strict=True), kill_after):
         for line in lines:
             print(line, end="")

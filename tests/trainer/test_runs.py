@@ -54,6 +54,13 @@ def test_losses_on_several_ranks_are_those_on_one(trained, kind, world_size):
     assert together == pytest.approx(alone, rel=1e-5)
 
 
+def test_metrics_tell_how_evenly_steps_were_dealt(trained):
+    alone, together = (lines(trained(world_size)["ranking"]) for world_size in (1, 2))
+    assert {(line["imbalance"], line["imbalance_least"]) for line in alone} == {(1, 1)}
+    assert all(1 <= line["imbalance_least"] <= line["imbalance"] < 2 for line in together)
+    assert any(line["imbalance"] > 1 for line in together)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_weights_and_optimizer_states_on_several_ranks_are_those_on_one(trained, kind, world_size):
