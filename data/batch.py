@@ -16,6 +16,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from .deal import NO_LOADS, Loads
 from .faults import SkippedSample
 from .order import LoaderState
 
@@ -57,6 +58,8 @@ class Batch(Pipelineable):
     """Where to resume once this batch has been trained."""
     skipped: tuple[SkippedSample, ...] = ()
     """Samples of this rank in this step that `data.bad_data="skip"` left out; `num_labels` counts their labels."""
+    loads: Loads = NO_LOADS
+    """How evenly the step was dealt; the same on every rank."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """This batch on another device, all but `samples`."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .config import DataConfig
+from .deal import NO_LOADS
 from .loader import Loader
 from .reader import EVENT_COLUMNS
 from .samples import NextItemSampler
@@ -35,73 +39,144 @@ NUM_ITEMS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Figures:
-    """One measurement; rates are events per second, medians over the turns."""
+class Turn:
+    """Events that were read once, and how long that took."""
 
-    threads: int
-    world_size: int
-    scan: float
-    """Of the bare scan: the faster of pyarrow's own threads and of row groups spread over as many."""
-    loader: float
-    """Of the batches of rank 0, in epochs after the first."""
-    first_epoch: float
-    """Of the batches of the first epoch, whose memory is new to the process."""
+    events: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Events per second."""
+        return self.events / self.seconds
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one rank measured, or all together. First turns take fresh memory, the others reuse it."""
+
+    scan: Sequence[Turn]
+    """Of the bare scan of the rank's share of the row groups."""
+    loader: Sequence[Turn]
+    """Of the rank's batches, epoch by epoch."""
+    resident_bytes: int
+    """Of the process before the loader was made: mostly libraries."""
     peak_bytes: int
-    """Largest resident memory of the process while the loader ran."""
+    """Largest while the loader ran."""
+    imbalance: float
+    """Largest load of a rank over the mean, over all steps."""
+
+    @property
+    def first_share(self) -> float:
+        """Of the scan's rate, both in fresh memory."""
+        return self.loader[0].rate / self.scan[0].rate
 
     @property
     def share(self) -> float:
-        """Of the scan's rate."""
-        return self.loader / self.scan
+        """Of the scan's rate, both in memory in use; medians."""
+        return usual(self.loader) / usual(self.scan)
 
 
-def measure(root: Path, *, threads: int, world_size: int, batch_tokens: int, turns: int) -> Figures:
-    """Read the dataset whole, `turns` times bare, and as often through the loader, after one turn that warms up."""
-    pa.set_cpu_count(threads)
-    files = DatasetInfo.load(root).history_paths
-    scans = {how: [_rate(how(files, threads)) for _ in range(turns + 1)][1:] for how in (_scan, _scan_spread)}
-    _forget_peak()
-    first, *later = _epochs(root, threads=threads, world_size=world_size, batch_tokens=batch_tokens, number=turns + 1)
-    scan = max(statistics.median(rates) for rates in scans.values())
-    return Figures(threads, world_size, scan, statistics.median(later), first, _peak_bytes())
+def usual(turns: Sequence[Turn]) -> float:
+    """Median rate of the turns after the first."""
+    return statistics.median(turn.rate for turn in turns[1:])
 
 
-def _epochs(root: Path, *, threads: int, world_size: int, batch_tokens: int, number: int) -> list[float]:
-    """Events per second of each epoch."""
-    config = DataConfig(path=str(root), batch_tokens=batch_tokens, threads=threads)
+def together(ranks: Sequence[Figures]) -> Figures:
+    """All ranks, each turn as long as that of the slowest."""
+
+    def joined(turns_of: Callable[[Figures], Sequence[Turn]]) -> list[Turn]:
+        turns = zip(*map(turns_of, ranks), strict=True)
+        return [Turn(sum(each.events for each in turn), max(each.seconds for each in turn)) for turn in turns]
+
+    return Figures(
+        scan=joined(lambda figures: figures.scan),
+        loader=joined(lambda figures: figures.loader),
+        resident_bytes=sum(figures.resident_bytes for figures in ranks),
+        peak_bytes=sum(figures.peak_bytes for figures in ranks),
+        imbalance=ranks[0].imbalance,
+    )
+
+
+def measure(root: Path, *, ranks: int, threads: int, batch_tokens: int, turns: int) -> list[Figures]:
+    """What each of `ranks` fresh processes measures, all at once: 1 + `turns` scans, then as many epochs.
+
+    They are forked from one process that has imported everything and run nothing.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with context.Manager() as manager, ProcessPoolExecutor(ranks, context) as pool:
+        config = DataConfig(path=str(root), batch_tokens=batch_tokens, threads=threads)
+        work = partial(_measure_rank, config, ranks, 1 + turns, manager.Barrier(ranks))
+        return list(pool.map(work, range(ranks)))
+
+
+def _measure_rank(config: DataConfig, ranks: int, turns: int, barrier: Barrier, rank: int) -> Figures:
+    """`barrier` is where the ranks wait for each other."""
+    threads = config.threads
+    try:
+        pa.set_cpu_count(threads)
+        places = _row_groups(config.path)[rank::ranks]
+        ways = [_timed_scans(partial(scan, places, threads), turns, barrier) for scan in (_scan_spread, _scan)]
+        # Only the first of all is in fresh memory.
+        best = max(ways, key=usual)
+        resident = _memory("VmRSS")
+        _forget_peak()
+        barrier.wait()
+        loader, imbalance = _epochs(config, rank=rank, world_size=ranks, number=turns)
+        return Figures([ways[0][0], *best[1:]], loader, resident, _memory("VmHWM"), imbalance)
+    except BaseException:
+        barrier.abort()  # or the others would wait for ever
+        raise
+
+
+def _epochs(config: DataConfig, *, rank: int, world_size: int, number: int) -> tuple[list[Turn], float]:
+    """Every epoch, and the imbalance of all of them."""
     sampler = NextItemSampler(LONGEST_HISTORY)
-    loader = Loader(config, sampler, split="train", rank=0, world_size=world_size, epochs=number)
-    rates, events, begin = [], 0, time.perf_counter()
-    for batch in loader:
-        events += batch.timestamps.numel()
+    turns, events, loads, begin = [], 0, NO_LOADS, time.perf_counter()
+    for batch in Loader(config, sampler, split="train", rank=rank, world_size=world_size, epochs=number):
+        events, loads = events + batch.timestamps.numel(), loads + batch.loads
         if batch.state.consumed == 0:
             now = time.perf_counter()
-            rates.append(events / (now - begin))
+            turns.append(Turn(events, now - begin))
             events, begin = 0, now
-    return rates
+    return turns, loads.largest / loads.mean
 
 
-def _rate(portions: Iterator[int]) -> float:
-    begin = time.perf_counter()
-    return sum(portions) / (time.perf_counter() - begin)
+Places = list[tuple[Path, int]]
+"""Row groups, each by file and number."""
 
 
-def _scan(files: list[Path], threads: int) -> Iterator[int]:
+def _row_groups(path: str) -> Places:
+    files = DatasetInfo.load(path).history_paths
+    return [(file, group) for file in files for group in range(pq.read_metadata(file).num_row_groups)]
+
+
+def _timed_scans(scan: Callable[[], Iterator[int]], number: int, barrier: Barrier) -> list[Turn]:
+    turns = []
+    for _ in range(number):
+        barrier.wait()
+        begin = time.perf_counter()
+        events = sum(scan())
+        turns.append(Turn(events, time.perf_counter() - begin))
+    return turns
+
+
+def _scan(places: Places, threads: int) -> Iterator[int]:
     """Events of each row group, columns spread over pyarrow's threads."""
-    for path in files:
-        with pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                yield _num_events(file.read_row_group(group, columns=list(EVENT_COLUMNS)))
+    del threads  # set for the whole process
+    for file, group in places:
+        with pq.ParquetFile(file) as opened:
+            yield _num_events(opened.read_row_group(group, columns=list(EVENT_COLUMNS)))
 
 
-def _scan_spread(files: list[Path], threads: int) -> Iterator[int]:
+def _scan_spread(places: Places, threads: int) -> Iterator[int]:
     """Events of each row group, row groups spread over threads."""
 
     def read(place: tuple[Path, int]) -> int:
         with pq.ParquetFile(place[0]) as file:
             return _num_events(file.read_row_group(place[1], columns=list(EVENT_COLUMNS), use_threads=False))
 
-    places = [(path, group) for path in files for group in range(pq.read_metadata(path).num_row_groups)]
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(read, places)
 
@@ -115,9 +190,10 @@ def _forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_bytes() -> int:
+def _memory(name: str) -> int:
+    """Bytes, by their name in /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def write_histories(root: Path, *, mean_events: int, row_groups: int, seed: int = 0) -> None:

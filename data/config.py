@@ -65,6 +65,10 @@ class DataConfig(BaseModel):
     max_history: int = Field(default=200, gt=0, le=2**20)
     """Newest events of a user that a sample keeps in front of its targets. Ranking reads of them what is earlier than
     the first target: a record that the log repeats under one timestamp would give the label away."""
+    train_targets: Literal["all", "recent"] = "all"
+    """Which training events the model learns to predict in an epoch: each, once, those of users with more than
+    `max_history` in several samples; or, as in the published protocol for the next item, the newest `max_history` of
+    each user. What nothing stands before, a user's first event, is a target in ranking only."""
     stochastic_length: StochasticLengthConfig | None = None
     """Cuts long histories in training, and nowhere else."""
     targets_per_sample: int = Field(default=1, gt=0)
@@ -75,10 +79,13 @@ class DataConfig(BaseModel):
     batch_tokens: int | None = Field(default=None, gt=0)
     """Instead of `batch_rows`: events per step over all ranks together."""
     batch_cost: float | None = Field(default=None, gt=0)
-    """Instead of `batch_rows`: what a step may cost over all ranks together, in tokens. A sample costs its tokens, and
-    for each pair of query and visible key the part of a token's work that the model spends on it."""
+    """Instead of `batch_rows`: what a step may cost over all ranks together, in tokens. A sample costs the operations
+    that the model spends on it, over those for an event of the shortest sample: long ones cost more per event."""
     evaluate_rows: int = Field(default=1024, gt=0)
     """Samples per evaluation batch over all ranks together."""
+    balance_for: int = Field(default=1, gt=0)
+    """With `batch_rows`: ranks among which steps of few samples are to be dealt evenly. Samples dearer than the mean
+    then come in groups of so many of like cost, one for each rank. Any number of ranks reads the same steps."""
     seed: int = Field(default=0, ge=0)
     """Seed of the order of rows and of the sampled negatives."""
     shuffle_row_groups: int = Field(default=16, gt=0)
@@ -100,6 +107,11 @@ class DataConfig(BaseModel):
         if sum(size is not None for size in sizes.values()) != 1:
             raise ValueError(
                 ", ".join(f"data.{name}={size}" for name, size in sizes.items())
-                + ": exactly one of them sizes a step; set one and remove the others"
+                + ": exactly one of them sizes a step; set one and remove the others (--set data.NAME= removes one)"
+            )
+        if self.balance_for > 1 and self.batch_rows is None:
+            raise ValueError(
+                f"data.balance_for={self.balance_for} arranges steps of equally many samples, and data.batch_rows is "
+                "not set; set it, or remove data.balance_for"
             )
         return self

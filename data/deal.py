@@ -6,6 +6,7 @@ Legend: S = samples of the step.
 from __future__ import annotations
 
 import heapq
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,6 +22,30 @@ _NEGLIGIBLE = 256
 """An excess below this part of a rank's share is left alone."""
 _EVEN = 1.05
 """Largest load over what is possible, up to which evenness is not worth reading more row groups."""
+
+
+@dataclass(frozen=True)
+class Loads:
+    """What a step, or several, cost the ranks, in 1/1024 of a token's."""
+
+    mean: float
+    """Over ranks."""
+    largest: int
+    """Of a rank: all others wait for it."""
+    least: float
+    """What the largest is at best: the mean, or one sample, where that costs more."""
+
+    def __add__(self, other: Loads) -> Loads:
+        return Loads(self.mean + other.mean, self.largest + other.largest, self.least + other.least)
+
+
+NO_LOADS = Loads(0.0, 0, 0.0)
+
+
+def loads_of(ranks: Integers, costs: Integers, world_size: int) -> Loads:
+    """How samples of these costs were dealt."""
+    mean = float(costs.sum() / world_size)
+    return Loads(mean, _largest_load(ranks, costs, world_size), max(mean, float(costs.max(initial=0))))
 
 
 def deal(places: Numbers, costs: Integers, world_size: int) -> Integers:

@@ -14,7 +14,7 @@ from .batch import Batch
 from .collate import Collator
 from .config import DataConfig
 from .cost import CostModel
-from .deal import deal
+from .deal import Loads, deal, loads_of
 from .errors import UserError
 from .faults import Fault
 from .memory import Memory
@@ -28,7 +28,6 @@ from .storage import Storage, load_dataset
 __all__ = ["Candidates", "CostModel", "Loader", "LoaderState", "NextItemSampler", "RankingSampler", "Sampler", "Split"]
 
 _BEGINNING = LoaderState()
-_TOKENS = CostModel()
 _PLANNED = 32
 """Steps that are dealt before they are due: row groups of the next window are decoded one per step meanwhile, not all
 when it begins, which would make the step that begins it wait."""
@@ -40,8 +39,8 @@ class Loader:
     All ranks together read each sample of an epoch exactly once, in the same steps on every world size, and every
     rank takes part in every step. Training is shuffled, sized by `batch_rows`, `batch_tokens` or `batch_cost`, and cut
     by `stochastic_length`; validation and test have a fixed order and take `evaluate_rows`. A step is dealt to the
-    ranks by `cost_model`. Each `iter()` begins at `state` again. A rank decodes its share of the row groups, in
-    `threads` threads, and holds that of one window, and of the next as far as it is due.
+    ranks by `cost_model`, by default by tokens. Each `iter()` begins at `state` again. A rank decodes its share of the
+    row groups, in `threads` threads, and holds that of one window, and of the next as far as it is due.
 
     Raises UserError for a dataset or features that cannot be read, a split without samples to train on, and a state
     beyond the epoch's end.
@@ -59,7 +58,7 @@ class Loader:
         state: LoaderState = _BEGINNING,
         pin_memory: bool = False,
         candidates: Candidates | None = None,
-        cost_model: CostModel = _TOKENS,
+        cost_model: CostModel | None = None,
     ) -> None:
         self._rank, self._world_size = rank, world_size
         self._epochs, self._state = epochs, state
@@ -94,9 +93,12 @@ class Loader:
         """What opening the dataset found damaged, and left out; the same on every rank."""
         return self._reader.faults
 
-    def steps_per_epoch(self, epoch: int) -> int:
-        """Steps of a whole epoch; unless sized by `batch_rows` they depend on the epoch's order, and are counted."""
-        return self._order.num_steps(epoch)
+    def num_steps(self, epochs: int, *, per_update: int = 1) -> int:
+        """Updates in the first `epochs` epochs, of `per_update` batches each, fewer at the end of an epoch.
+
+        With `batch_tokens` or `batch_cost`, and more than a quarter of a million samples, an estimate.
+        """
+        return self._order.num_steps(epochs, per_update=per_update)
 
     def __iter__(self) -> Iterator[Batch]:
         ahead = Prefetcher(self._batches(), self._config.prefetch, self._name)
@@ -151,6 +153,7 @@ class Loader:
             step=replace(step, samples=samples.take(slice(0))),
             first_window=int(samples.windows[0]),
             num_labels=self._order.sampler.num_labels(samples.slices, self._order.split),
+            loads=loads_of(ranks, samples.costs, self._world_size),
             samples=samples.take(mine[by_group]),
         )
 
@@ -158,6 +161,7 @@ class Loader:
         # The pool takes tasks in the order of their submission, so none of these waits for a task behind this one.
         histories = {group: decoded.result() for group, decoded in groups.items()}
         batch = self._collator.batch(share.step, share.num_labels, share.samples, histories)
+        batch.loads = share.loads
         return batch.pin_memory() if self._pin_memory else batch
 
     def _check(self, path: str, split: Split) -> None:
@@ -182,6 +186,7 @@ class _Share:
     """The oldest window that any rank reads in this step."""
     num_labels: int
     """Of all ranks."""
+    loads: Loads
     samples: Samples
 
     @property
@@ -242,7 +247,7 @@ def _order(
     sampler: Sampler,
     split: Split,
     reader: Reader,
-    cost_model: CostModel,
+    cost_model: CostModel | None,
     stochastic_length: StochasticLength | None,
 ) -> Order:
     is_training = split == "train"
@@ -253,11 +258,12 @@ def _order(
         sampler=sampler,
         split=split,
         step_size=_training_size(config) if is_training else StepSize("rows", config.evaluate_rows),
-        cost_model=cost_model,
+        cost_model=cost_model or CostModel.of_tokens_alone(sampler.max_history),
         stochastic_length=stochastic_length,
         shuffle=is_training,
         groups_per_window=config.shuffle_row_groups,
         seed=config.seed,
+        balance_for=config.balance_for,
     )
 
 

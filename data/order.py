@@ -23,9 +23,12 @@ import numpy.typing as npt
 
 from .cost import UNITS_PER_TOKEN, CostModel
 from .samples import Integers, Numbers, RowCounts, Sampler, Slices, Split
+from .spread import gather, spread
 from .stochastic_length import StochasticLength
 
 _ROW_GROUPS, _SAMPLES = 0, 1
+COUNTED = 1 << 18
+"""Samples whose steps are counted one by one before training begins; a quarter of a second."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,8 @@ class Order:
     """Mix row groups, and the samples of each; else both keep the order of the dataset."""
     groups_per_window: int
     seed: int
+    balance_for: int = 1
+    """Ranks among which even a step of few samples is to be dealt evenly (see `gather`)."""
 
     @cached_property
     def num_samples(self) -> int:
@@ -196,11 +201,29 @@ class Order:
             pending, pending_sizes = pending.take(slice(done, None)).followed_by(rest), sizes[done:]
             skipped = 0
 
-    def num_steps(self, epoch: int) -> int:
-        """Steps of a whole epoch."""
+    def num_steps(self, epochs: int, *, per_update: int = 1) -> int:
+        """Updates in the first `epochs` epochs, `per_update` steps each, fewer at the end of an epoch.
+
+        Exact where steps are sized by rows, or all epochs together have at most `COUNTED` samples. Else what the first
+        `COUNTED` samples of the first epoch lead to expect: where steps end depends on every sample before, and to walk
+        through 10 million of them takes 4 seconds per epoch.
+        """
         if self.step_size.measure == "rows":
-            return -(-self.num_samples // int(self.step_size.most))
-        return sum(1 for _ in self.steps(epoch))
+            steps = [-(-self.num_samples // int(self.step_size.most))] * epochs
+        elif self.num_samples * epochs <= COUNTED:
+            steps = [sum(1 for _ in self.steps(epoch)) for epoch in range(epochs)]
+        else:
+            steps = [self._expected_steps] * epochs
+        return sum(-(-number // per_update) for number in steps)
+
+    @cached_property
+    def _expected_steps(self) -> int:
+        number = done = 0
+        for step in self.steps(0):
+            number, done = number + 1, done + len(step.samples)
+            if done >= COUNTED:
+                break
+        return round(number * self.num_samples / done)
 
     def _step(self, epoch: int, first_sample: int, samples: Samples) -> Step:
         after = first_sample + len(samples)
@@ -234,6 +257,8 @@ class Order:
             for first, many in zip(begin.tolist(), num_rows.tolist(), strict=True)
         ]
         index, numbers, tokens, costs, positions = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        if random is not None and self.balance_for > 1:
+            positions = gather(positions, costs, self.balance_for, random)
         order = np.argsort(positions, kind="stable")
         until = np.concatenate([[0], np.cumsum(costs)])
         sizes = {"rows": np.ones_like(costs), "tokens": tokens, "cost": costs}[self.step_size.measure]
@@ -257,7 +282,7 @@ class Order:
         numbers = np.arange(len(index)) - np.repeat(np.cumsum(num_samples[rows]) - num_samples[rows], num_samples[rows])
         slices = self.sampler.slices(counts.take(index), numbers, self.split)
         tokens, costs = self._expected(slices)
-        positions = (np.arange(len(index)) + 0.5) / max(len(index), 1) if random is None else _spread(costs, random)
+        positions = (np.arange(len(index)) + 0.5) / max(len(index), 1) if random is None else spread(costs, random)
         return index.astype(np.int32), numbers.astype(np.int32), tokens, costs, positions
 
     def _expected(self, slices: Slices) -> tuple[Integers, Integers]:
@@ -285,23 +310,3 @@ class Order:
 
 _NONE = np.zeros(0, np.int64)
 _NO_SAMPLES = Samples(_NONE, _NONE, _NONE, _NONE, np.zeros(0), _NONE, Slices(_NONE, _NONE, _NONE, _NONE))
-
-
-def _spread(costs: Integers, random: np.random.Generator) -> Numbers:
-    """[S] random positions in 0..1, such that any stretch holds its share of the samples of any range of cost.
-
-    In the order of their cost, the samples get the points of a van der Corput sequence whose digits are scrambled by
-    nesting (Owen 1995): every 2**k successive ones lie in different stretches of 2**-k. A plain shuffle would leave the
-    costs of steps, and of row groups in a step, as uneven as chance does, and ranks would have to fetch from far away
-    what evens them out.
-    """
-    position = np.empty(len(costs))
-    index = np.arange(len(costs))
-    levels = max(len(costs) - 1, 0).bit_length()
-    points = random.random(len(costs)) * 0.5**levels
-    for level in range(levels):
-        flips = random.integers(0, 2, 2**level)
-        points += ((index >> level & 1) ^ flips[index & (2**level - 1)]) * 0.5 ** (level + 1)
-    by_cost = np.lexsort((random.random(len(costs)), costs))
-    position[by_cost] = points
-    return position

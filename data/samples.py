@@ -15,6 +15,7 @@ import numpy.typing as npt
 from .hashing import Bits, mix, uniform
 
 Split = Literal["train", "validation", "test"]
+Targets = Literal["all", "recent"]
 Integers = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.float64]
 
@@ -79,17 +80,19 @@ class RankingSampler:
 
     max_history: int
     targets_per_sample: int
+    targets: Targets = "all"
+    """Which training events are targets: each of them, or of each user the newest `max_history`."""
 
     def num_samples(self, counts: RowCounts, split: Split) -> Integers:
         """[R] samples that each row gives."""
-        begin, end = counts.range_of(split)
-        return -((begin - end) // self._targets(split))
+        begin, end = self._range(counts, split)
+        return -((begin - end) // self._per_sample(split))
 
     def slices(self, counts: RowCounts, numbers: Integers, split: Split) -> Slices:
         """Sample `numbers[s]` of the row that `counts` describes at s."""
-        begin, end = counts.range_of(split)
-        target_begin = begin + numbers * self._targets(split)
-        target_end = np.minimum(target_begin + self._targets(split), end)
+        begin, end = self._range(counts, split)
+        target_begin = begin + numbers * self._per_sample(split)
+        target_end = np.minimum(target_begin + self._per_sample(split), end)
         return _with_whole_history(self.max_history, target_begin, target_end)
 
     def num_targets(self, slices: Slices) -> Integers:
@@ -104,7 +107,14 @@ class RankingSampler:
         """Labels of all these samples."""
         return int((slices.target_end - slices.target_begin).sum())
 
-    def _targets(self, split: Split) -> int:
+    def _range(self, counts: RowCounts, split: Split) -> tuple[Integers, Integers]:
+        """[R] the first target, and the event after the last."""
+        begin, end = counts.range_of(split)
+        if split == "train" and self.targets == "recent":
+            begin = np.maximum(begin, end - self.max_history)
+        return begin, end
+
+    def _per_sample(self, split: Split) -> int:
         return self.targets_per_sample if split == "train" else 1
 
 
@@ -112,24 +122,31 @@ class RankingSampler:
 class NextItemSampler:
     """The events of a history predict the item that follows (SASRec's protocol, as in HSTU, arXiv 2402.17152).
 
-    Training takes a row's newest `max_history` + 1 training events as one sample, in which every event but the last
-    predicts its successor. Evaluation takes each event of the split as one sample, predicted from the newest
-    `max_history` events before it. An event without any before it gives no sample: nothing can predict it.
+    Training cuts a row's training events into windows, one sample each: the newest `max_history` + 1 events, of which
+    every one but the last predicts its successor; then as many that end with the oldest event of these; and so on back
+    to the first. Neighbours share one event, a target of the older window and the beginning of the newer one: so every
+    event is predicted once, but for the row's first, which has nothing before it. The samples of a row are numbered
+    from the newest window back. Evaluation takes each event of the split as one sample, predicted from the newest
+    `max_history` events before it; again none for an event with nothing before it.
     """
 
     max_history: int
+    targets: Targets = "all"
+    """Which training events are targets: each of them, or of each user the newest `max_history`, one window."""
 
     def num_samples(self, counts: RowCounts, split: Split) -> Integers:
         """[R] samples that each row gives."""
         begin, end = counts.range_of(split)
         if split == "train":
-            return (end >= 2).astype(np.int64)
+            windows = -((1 - np.maximum(end, 1)) // self.max_history)
+            return np.minimum(windows, 1) if self.targets == "recent" else windows
         return np.maximum(end - np.maximum(begin, 1), 0)
 
     def slices(self, counts: RowCounts, numbers: Integers, split: Split) -> Slices:
         """Sample `numbers[s]` of the row that `counts` describes at s; its one target is the newest event."""
         begin, end = counts.range_of(split)
-        target_begin = end - 1 if split == "train" else np.maximum(begin, 1) + numbers
+        is_training = split == "train"
+        target_begin = end - 1 - numbers * self.max_history if is_training else np.maximum(begin, 1) + numbers
         return _with_whole_history(self.max_history, target_begin, target_begin + 1)
 
     def num_targets(self, slices: Slices) -> Integers:

@@ -9,10 +9,14 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..data.bench import Figures
 
 MEAN_EVENTS = (500, 2000)
-ROW_GROUPS, QUICK_ROW_GROUPS = 48, 2
+QUICK_ROW_GROUPS = 2
+COLUMNS = ("first scan", "scan", "first epoch", "epoch", "per thread", "first", "share", "peak MiB", "own MiB")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,20 +24,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", nargs="?", type=Path, metavar="DIR", help="a prepared dataset (default: synthetic ones)"
     )
+    parser.add_argument("--ranks", type=_positive, default=1, metavar="N", help="processes (default: 1)")
     parser.add_argument(
-        "--threads", type=_positive, default=2, metavar="N", help="of the scan, and per rank (default: 2)"
+        "--threads", type=_positive, default=2, metavar="N", help="of each rank, scan and loader alike (default: 2)"
     )
-    parser.add_argument("--world-size", type=_positive, default=1, metavar="N", help="read as rank 0 of N (default: 1)")
     parser.add_argument("--batch-tokens", type=_positive, default=262_144, metavar="N", help="(default: 262144)")
-    parser.add_argument("--turns", type=_positive, default=3, metavar="N", help="epochs that count (default: 3)")
+    parser.add_argument(
+        "--turns", type=_positive, default=3, metavar="N", help="scans and epochs after the first (default: 3)"
+    )
+    parser.add_argument(
+        "--row-groups", type=_positive, default=96, metavar="N", help="of the synthetic datasets (default: 96)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there as JSON")
     parser.add_argument("--quick", action="store_true", help="small sizes: does it work, not how fast is it")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
-    print(f"events/s, {args.threads} thread(s), rank 0 of {args.world_size}, next-item batches of {args.batch_tokens}")
-    print(f"{'dataset':>20} {'scan':>12} {'loader':>12} {'share':>6} {'per thread':>12} {'first':>12} {'peak MiB':>9}")
+    print(
+        f"events/s of {args.ranks} rank(s) with {args.threads} thread(s) each, next-item batches of "
+        f"{args.batch_tokens}; first: in fresh memory, epoch over scan; own: peak less what the libraries take"
+    )
+    print(f"{'dataset':>20} {'rank':>5}" + "".join(f" {name:>11}" for name in COLUMNS) + f" {'imbalance':>9}")
     rows = []
     if args.path is not None:
         rows.append(_measure(args, args.path, str(args.path)))
@@ -50,26 +62,45 @@ def run(args: argparse.Namespace) -> int:
 def _measure_synthetic(args: argparse.Namespace, root: Path, mean_events: int) -> dict[str, Any]:
     from ..data import bench
 
-    bench.write_histories(root, mean_events=mean_events, row_groups=QUICK_ROW_GROUPS if args.quick else ROW_GROUPS)
+    row_groups = QUICK_ROW_GROUPS if args.quick else args.row_groups
+    bench.write_histories(root, mean_events=mean_events, row_groups=row_groups)
     return _measure(args, root, f"mean length {mean_events}")
 
 
 def _measure(args: argparse.Namespace, root: Path, name: str) -> dict[str, Any]:
     from ..data import bench
 
-    figures = bench.measure(
-        root,
-        threads=args.threads,
-        world_size=args.world_size,
-        batch_tokens=args.batch_tokens,
-        turns=1 if args.quick else args.turns,
-    )
-    print(
-        f"{name[-20:]:>20} {figures.scan:>12,.0f} {figures.loader:>12,.0f} {figures.share:>6.0%} "
-        f"{figures.loader / figures.threads:>12,.0f} {figures.first_epoch:>12,.0f} {figures.peak_bytes / 2**20:>9,.0f}",
-        flush=True,
-    )
-    return {"dataset": name, **asdict(figures), "share": figures.share}
+    turns = 1 if args.quick else args.turns
+    ranks = bench.measure(root, ranks=args.ranks, threads=args.threads, batch_tokens=args.batch_tokens, turns=turns)
+    found = [_summary(figures, args.threads) for figures in ranks]
+    total = _summary(bench.together(ranks), args.threads * args.ranks)
+    for rank, values in [*enumerate(found), ("all", total)]:
+        print(_line(name, str(rank), values), flush=True)
+    return {"dataset": name, "threads": args.threads, "ranks": found, "all": total}
+
+
+def _summary(figures: Figures, threads: int) -> dict[str, Any]:
+    from ..data.bench import usual
+
+    return {
+        "first scan": figures.scan[0].rate,
+        "scan": usual(figures.scan),
+        "first epoch": figures.loader[0].rate,
+        "epoch": usual(figures.loader),
+        "per thread": usual(figures.loader) / threads,
+        "first": figures.first_share,
+        "share": figures.share,
+        "peak MiB": figures.peak_bytes / 2**20,
+        "own MiB": (figures.peak_bytes - figures.resident_bytes) / 2**20,
+        "imbalance": figures.imbalance,
+        "turns": asdict(figures),
+    }
+
+
+def _line(name: str, rank: str, values: dict[str, Any]) -> str:
+    shares = ("first", "share")
+    cells = [f"{values[column]:>11.0%}" if column in shares else f"{values[column]:>11,.0f}" for column in COLUMNS]
+    return f"{name[-20:]:>20} {rank:>5} " + " ".join(cells) + f" {values['imbalance']:>9.3f}"
 
 
 def _positive(text: str) -> int:

@@ -167,7 +167,7 @@ def _ids(config: Config, catalogue: Catalogue, work: Workload, ranks: int) -> di
     sample.
     """
     from ..embeddings.tables import ITEM_TABLE
-    from ..trainer.build import candidates_of
+    from ..trainer.costs import candidates_of
 
     samples = work.samples / ranks
     events = samples * work.mean(work.history + work.targets)
@@ -300,7 +300,7 @@ def _longest(config: Config, work: Workload, memory: dict[str, float], *, ranks:
 
 def _flops(config: Config, catalogue: Catalogue, work: Workload) -> float:
     """Of the mean sample, both passes: the mean of the formula over lengths, not the formula of the mean length."""
-    from ..trainer.throughput import samples_flops
+    from ..trainer.costs import samples_flops
 
     flops = samples_flops(
         config,

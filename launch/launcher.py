@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SECTION.FIELD=VALUE",
-        help="override one setting; may be repeated",
+        help="override one setting; may be repeated; nothing after the = takes it out of the recipe",
     )
     parser.add_argument(
         "--scheduler-arg",

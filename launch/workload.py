@@ -79,7 +79,8 @@ def workload_of(config: Config, catalogue: Catalogue) -> Workload:
 
     from ..data.cost import UNITS_PER_TOKEN
     from ..data.samples import RowCounts
-    from ..trainer.build import cost_model_of, sampler_of
+    from ..trainer.build import sampler_of
+    from ..trainer.costs import cost_model_of
 
     sampler = sampler_of(config)
     lengths = catalogue.lengths.astype(np.int32)
@@ -99,6 +100,7 @@ def workload_of(config: Config, catalogue: Catalogue) -> Workload:
         samples = config.data.batch_tokens / float((share * (history + targets)).sum())
     else:
         assert config.data.batch_cost is not None
-        tokens = cost_model_of(config.model).units(history, targets) / UNITS_PER_TOKEN
+        cost_model = cost_model_of(config, num_items=catalogue.num_items, num_actions=len(catalogue.actions))
+        tokens = cost_model.units(history, targets) / UNITS_PER_TOKEN
         samples = config.data.batch_cost / float((share * tokens).sum())
     return Workload(history=history, targets=targets, share=share, samples=samples)

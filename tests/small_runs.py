@@ -92,10 +92,17 @@ KINDS = {
         "embeddings.sharding.item=column_wise",
         "embeddings.sharding.user_id=row_wise",
     ),
-    "full_softmax": (NEXT_ITEM, "data.batch_rows=7", "trainer.epochs=4", "model.relative_bias=position_time"),
+    "full_softmax": (
+        NEXT_ITEM,
+        "data.batch_rows=7",
+        "data.train_targets=recent",
+        "trainer.epochs=4",
+        "model.relative_bias=position_time",
+    ),
     "sampled_softmax": (
         NEXT_ITEM,
         "data.batch_rows=7",
+        "data.train_targets=recent",
         "trainer.epochs=4",
         "objective.temperature=0.2",
         "objective.loss=sampled_softmax",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import pyarrow.parquet as pq
 import torch
@@ -11,18 +10,17 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from ..data.batch import Batch
-from ..data.cost import CostModel
 from ..data.errors import UserError
 from ..data.loader import Loader, LoaderState
-from ..data.samples import Candidates, NextItemSampler, RankingSampler, Split
+from ..data.samples import NextItemSampler, RankingSampler, Split
 from ..data.schema import DatasetInfo
 from ..data.storage import load_dataset as load_info
 from ..embeddings.lookup import Lookup, init_tables
 from ..embeddings.plan import describe_plan, make_plan
 from ..embeddings.tables import build_tables
-from ..model.config import ModelConfig, ObjectiveConfig
 from ..model.recommender import NextItemModel, NextItemOutput, RankingModel, RankingOutput, build_model
 from .config import Config
+from .costs import candidates_of, cost_model_of
 from .cut import Cut
 from .parallel import World
 
@@ -50,16 +48,6 @@ class Sharded:
     plan: str
 
 
-def candidates_of(objective: ObjectiveConfig, num_items: int) -> Candidates | None:
-    """What the next-item loss compares the next item with; None for ranking."""
-    if objective.kind == "ranking":
-        return None
-    if objective.loss == "full_softmax":
-        return Candidates(kind="catalogue", num_items=num_items)
-    kind: Literal["sampled", "per_sample"] = "per_sample" if objective.negatives_shared_by == "sample" else "sampled"
-    return Candidates(kind=kind, num_items=num_items, num_negatives=objective.num_negatives)
-
-
 def build_loader(
     config: Config, info: DatasetInfo, world: World, *, split: Split, state: LoaderState | None = None
 ) -> Loader:
@@ -75,7 +63,7 @@ def build_loader(
         state=state or LoaderState(),
         pin_memory=world.device.type == "cuda",
         candidates=candidates_of(config.objective, info.num_items),
-        cost_model=cost_model_of(config.model),
+        cost_model=cost_model_of(config, num_items=info.num_items, num_actions=len(info.roles.actions)),
     )
 
 
@@ -83,26 +71,8 @@ def sampler_of(config: Config) -> RankingSampler | NextItemSampler:
     """What cuts users' histories into samples."""
     data = config.data
     if config.objective.kind == "ranking":
-        return RankingSampler(data.max_history, data.targets_per_sample)
-    return NextItemSampler(data.max_history)
-
-
-def cost_model_of(model: ModelConfig) -> CostModel:
-    """Training FLOPs of a (query, key) pair over those of a token's projections, of the stack as a whole.
-
-    Per head, a pair takes two products of width qk_dim or value_dim forward and five backward, 2 * (4 qk_dim + 3
-    value_dim) FLOPs; each weight of the projections takes 6 per token. Of interleaved events, which are two tokens,
-    windows hold half as many. Further layers of a tail count as if they were more of the others.
-    """
-    per_event = 2 if model.tokens == "interleaved" else 1
-    inner = model.num_heads * model.value_dim
-    projected = model.width * model.num_heads * (2 * model.qk_dim + 2 * model.value_dim)
-    projected += (3 if model.gating == "concat" else 1) * inner * model.width
-    return CostModel(
-        pair=per_event * 2 * model.num_heads * (4 * model.qk_dim + 3 * model.value_dim) / (6 * projected),
-        window=-(-model.window // per_event),
-        full=-(-(model.full_tail + model.prefix) // per_event),
-    )
+        return RankingSampler(data.max_history, data.targets_per_sample, data.train_targets)
+    return NextItemSampler(data.max_history, data.train_targets)
 
 
 def build_recommender(config: Config, info: DatasetInfo) -> Recommender:

@@ -160,7 +160,8 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         recipe: name of a recipe, or path of a file that ends in `.toml`.
-        overrides: `section.field=value` strings with TOML values; a bare word is taken as a string.
+        overrides: `section.field=value` strings with TOML values; a bare word is taken as a string, and nothing after
+            the `=` takes the setting out of the recipe, back to its default.
 
     Raises:
         UserError: nothing is found under that name, the TOML does not parse, or a value breaks a rule.
@@ -205,7 +206,7 @@ def _parse(text: str, *, source: str) -> dict[str, Any]:
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
-    """Set one `section.field=value` in the tree, in place."""
+    """Set one `section.field=value` in the tree, in place, or remove it where there is no value."""
     name, separator, text = override.partition("=")
     parts = name.strip().split(".")
     if not separator or len(parts) < 2 or not all(parts):
@@ -215,7 +216,10 @@ def _override(tree: dict[str, Any], override: str) -> None:
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
             raise UserError(f"--set {override!r}: {part!r} is a value, not a section")
-    section[parts[-1]] = _toml_value(text.strip())
+    if text.strip():
+        section[parts[-1]] = _toml_value(text.strip())
+    elif section.pop(parts[-1], None) is None:
+        raise UserError(f"--set {override!r}: the recipe does not set {name.strip()}, so there is nothing to remove")
 
 
 def _toml_value(text: str) -> Any:

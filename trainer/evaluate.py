@@ -138,7 +138,7 @@ class Evaluator:
 
 def len_of(loader: Loader) -> int:
     """Steps of a loader's single pass."""
-    return loader.steps_per_epoch(0)
+    return loader.num_steps(1)
 
 
 def split_inputs(batch: Batch) -> list[Tensor]:

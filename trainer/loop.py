@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..data.deal import NO_LOADS, Loads
 from ..data.errors import UserError
 from ..data.loader import Loader
 from ..data.samples import Split
@@ -38,6 +39,8 @@ class Meter:
     tokens: int = 0
     skipped: int = 0
     """Samples left out as damaged."""
+    loads: Loads = NO_LOADS
+    """Of all ranks: every one plans whole steps, and need not ask the others."""
     start: float = field(default_factory=time.monotonic)
     """Moved on by the time that evaluating and saving take."""
 
@@ -54,6 +57,7 @@ class Run:
     loader: Loader
     evaluator: Evaluator
     total_steps: int
+    """Estimated where `Loader.num_steps` is; what ends the run is `is_over`."""
     reporter: Reporter
     audit: Audit | None
     timer: Timer
@@ -74,6 +78,11 @@ class Run:
         """The files of lines that this rank appends to."""
         return [*self.reporter.journals, self.skips.journal, *([self.audit.journal] if self.audit is not None else [])]
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the last step is done."""
+        return self.state.is_over(self.config.trainer)
+
 
 def train(run: Run) -> None:
     """Train to the last step, then evaluate and save; of a finished run, do what is missing.
@@ -85,10 +94,10 @@ def train(run: Run) -> None:
     config, batches = run.config, run.timer.watch(run.loader)
     catch_up(run)
     run.watchdog.start(run.state.step)
-    while run.state.step < run.total_steps and (step := train_step(run, batches)):
+    while not run.is_over and (step := train_step(run, batches)):
         record(run, step)
         incidents.inspect(run, step)
-        if every(config.trainer.log_every, run.state.step) or run.state.step == run.total_steps:
+        if every(config.trainer.log_every, run.state.step) or run.is_over:
             log(run, step)
         if step.signum:
             wait_for_save(run)
@@ -98,7 +107,7 @@ def train(run: Run) -> None:
             raise StopRequested(step.signum, run.state.step, error=error)
         if every(config.trainer.evaluate_every, run.state.step):
             evaluate(run, "validation")
-        if every(config.checkpoint.every, run.state.step) and run.state.step < run.total_steps:
+        if every(config.checkpoint.every, run.state.step) and not run.is_over:
             save(run)
     finish(run)
 
@@ -120,6 +129,7 @@ def record(run: Run, step: Step) -> None:
         state.window.add(loss_sum=trained.loss_sum, labels=batch.labels.numel())
         run.meter.samples += len(batch.samples)
         run.meter.tokens += batch.timestamps.numel()
+        run.meter.loads += batch.loads
         run.throughput.add(batch)
     if run.audit is not None:
         skipped = [consumed.batch.samples for consumed in step.consumed if not consumed.verdict.is_good]
@@ -152,6 +162,8 @@ def log(run: Run, step: Step) -> None:
             "tokens_per_second": tokens / seconds,
             "samples_per_second": samples / seconds,
             **run.throughput.metrics(flops, seconds, num_ranks=run.world.size),
+            "imbalance": meter.loads.largest / max(meter.loads.mean, 1),
+            "imbalance_least": meter.loads.least / max(meter.loads.mean, 1),
             "skipped_batches": run.state.health.skipped,
             **metrics_of(per_rank),
             **({"failed_saves": run.saver.failures} if run.saver.failures else {}),
@@ -227,7 +239,7 @@ def catch_up(run: Run) -> None:
     """Evaluate the step that is continued from, if it was due: a process that had to stop saves it without."""
     step = run.state.step
     due = step > 0 and every(run.config.trainer.evaluate_every, step)
-    if due and step < run.total_steps and "validation" not in splits_done(run):
+    if due and not run.is_over and "validation" not in splits_done(run):
         evaluate(run, "validation")
 
 

@@ -94,13 +94,11 @@ def _replay(config: Config, before: list[Location], world: World, *, step: int) 
         tempfile.TemporaryDirectory(prefix="ultrarec-replay-") as folder,
         assemble(config, Path(folder), world, before, request=StopRequest(), owns=False) as run,
     ):
-        if step > run.total_steps:
-            raise UserError(f"step {step}: the run has {run.total_steps} steps")
         batches = iter(run.loader)
-        while run.state.step < step - 1:
-            done = train_step(run, batches)
-            assert done is not None
+        while run.state.step < step - 1 and not run.is_over and (done := train_step(run, batches)):
             record(run, done)
+        if run.is_over:
+            raise UserError(f"step {step}: the run has {run.state.step} steps")
         probe = Probe(run.trainable.parallel.module, run.trainable.optimizer.dense)
         finished = train_step(run, batches)
         assert finished is not None

@@ -84,7 +84,7 @@ class Reporter:
         shown = " ".join(
             f"{key} {value:,.0f}" if value >= 1000 else f"{key} {value:.4g}"
             for key, value in values.items()
-            if key not in ("step", "epoch", "split") and not key.startswith("seconds/")
+            if key not in ("step", "epoch", "split", "imbalance_least") and not key.startswith("seconds/")
             if key != "skipped_batches" or value
         )
         return f"step {values['step']}/{self._total_steps} epoch {values['epoch']} {values['split']}: {shown}"

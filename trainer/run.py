@@ -83,7 +83,7 @@ def assemble(
     timer = Timer(world.device)
     timer.watch_module(recommender.lookup, "exchange")
     pipeline = Unpipelined if recommender.lookup.collection is None else GuardedPipeline
-    reporter.say(_greeting(out, sharded.plan, newest, world, state.step, total_steps))
+    reporter.say(_greeting(out, sharded.plan, newest, world, total_steps, is_over=state.is_over(config.trainer)))
     try:
         yield Run(
             config=config,
@@ -174,11 +174,11 @@ def _trainable(config: Config, sharded: Sharded) -> Trainable:
 
 
 def _total_steps(config: Config, loader: Loader) -> int:
-    """Updates of the whole run: what the epochs give, at most `trainer.max_steps`."""
+    """Updates of the whole run: what the epochs give or are expected to, at most `trainer.max_steps`."""
     trainer = config.trainer
     if trainer.epochs is None:
         return trainer.max_steps or 0
-    steps = sum(-(-loader.steps_per_epoch(epoch) // trainer.accumulate) for epoch in range(trainer.epochs))
+    steps = loader.num_steps(trainer.epochs, per_update=trainer.accumulate)
     return min(steps, trainer.max_steps) if trainer.max_steps is not None else steps
 
 
@@ -206,8 +206,8 @@ def _write_if_changed(path: Path, text: str) -> None:
         tell(f"ATTENTION: {path} stays as the run before left it: {error.strerror or error}")
 
 
-def _greeting(out: Path, plan: str, newest: Location | None, world: World, step: int, total_steps: int) -> str:
+def _greeting(out: Path, plan: str, newest: Location | None, world: World, total_steps: int, *, is_over: bool) -> str:
     start = f"continuing from {newest}" if newest else "starting"
-    if newest is not None and step >= total_steps:
+    if newest is not None and is_over:
         start = f"finished at {newest}"
     return f"{start}: {world.size} rank(s) on {world.device.type}, {total_steps} steps, run folder {out}\n{plan}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.loader import LoaderState
+from .config import TrainerConfig
 from .health import Health
 
 
@@ -64,6 +65,11 @@ class TrainState:
         """Epoch of the last trained batch, from 0."""
         at_start = self.loader.consumed == 0
         return max(self.loader.epoch - 1, 0) if at_start else self.loader.epoch
+
+    def is_over(self, trainer: TrainerConfig) -> bool:
+        """Whether nothing is left to train: `trainer.max_steps` is reached, or the last epoch has been read."""
+        at_most, epochs = trainer.max_steps, trainer.epochs
+        return (at_most is not None and self.step >= at_most) or (epochs is not None and self.loader.epoch >= epochs)
 
     def rank_state(self) -> dict[str, Any]:
         """This rank's own part: random numbers and open metrics."""

@@ -7,30 +7,9 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..data.samples import Integers
-from ..model.flops import Flops, Inputs, Sample, sample_flops
-from .build import candidates_of
 from .config import Config
+from .costs import samples_flops
 from .devices import device_called
-
-
-def samples_flops(config: Config, *, history: Integers, targets: Integers, num_items: int, num_actions: int) -> Flops:
-    """Operations of a recipe's model on each of S samples; `history` and `targets` are [S] numbers of events."""
-    roles = [feature.role for feature in config.data.features.values()]
-    candidates = candidates_of(config.objective, num_items)
-    num_candidates = 0
-    if candidates is not None:
-        sampled = config.objective.num_negatives + config.objective.num_in_batch
-        num_candidates = num_items if candidates.kind == "catalogue" else sampled
-    inputs = Inputs(
-        embedding_dim=config.embeddings.dim,
-        num_actions=num_actions,
-        num_event_features=roles.count("event"),
-        num_outcomes=roles.count("outcome"),
-        num_candidates=num_candidates,
-    )
-    sample = Sample(contextual=roles.count("user"), history=history, targets=targets)
-    return sample_flops(config.model, config.objective, sample, inputs)
 
 
 class Throughput:

@@ -1,25 +1,13 @@
 import numpy as np
-import pytest
 
 from ultrarec.data.cost import CostModel
 
 
-def visible_pairs(history, targets, window, full):
-    """Pairs (i, j), one by one: the newest `full` rows of the history, and all targets, see the whole history."""
-    pairs = targets * (history + 1)
-    for i in range(history):
-        sees_all = window == 0 or i >= history - full
-        pairs += sum(j <= i and (sees_all or i - j <= window) for j in range(history))
-    return pairs
+def test_a_cost_is_that_of_the_history_and_of_each_target_in_whole_units_of_a_1024th():
+    model = CostModel.in_tokens(np.array([0.0, 1.0, 2.5]), np.array([1.0, 1.25, 1.5]))
+    units = model.units(np.array([0, 2, 2]), np.array([1, 0, 3]))
+    assert units.tolist() == [1024, 2.5 * 1024, 7 * 1024]
 
 
-@pytest.mark.parametrize(("window", "full"), [(0, 0), (1, 0), (3, 0), (3, 2), (3, 9), (20, 4)])
-def test_pairs_are_those_that_the_mask_shows(window, full):
-    history, targets = (grid.ravel() for grid in np.meshgrid(np.arange(15), np.arange(4)))
-    expected = [visible_pairs(*lengths, window, full) for lengths in zip(history, targets, strict=True)]
-    assert CostModel(window=window, full=full).pairs(history, targets).tolist() == expected
-
-
-def test_a_cost_is_tokens_and_pairs_in_whole_units_of_a_1024th():
-    units = CostModel(pair=0.25).units(np.array([3]), np.array([2]))
-    assert units.tolist() == [(5 + 0.25 * (6 + 8)) * 1024]
+def test_without_a_model_every_event_costs_a_token():
+    assert CostModel.of_tokens_alone(9).units(np.array([9, 3]), np.array([0, 2])).tolist() == [9 * 1024, 5 * 1024]

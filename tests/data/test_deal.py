@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ultrarec.data.deal import deal
+from ultrarec.data.deal import Loads, deal, loads_of
 
 
 def imbalance(ranks, costs, world_size):
@@ -54,3 +54,11 @@ def test_each_sample_has_one_rank(world_size, num_samples):
     ranks = deal(places, costs, world_size)
     assert ranks.shape == (num_samples,)
     assert set(ranks.tolist()) <= set(range(world_size))
+
+
+def test_how_evenly_a_step_was_dealt_is_told_beside_what_was_possible():
+    costs = np.array([60, 10, 10, 10, 10])
+    loads = loads_of(np.array([0, 1, 1, 2, 2]), costs, 4)
+    assert loads == Loads(mean=25, largest=60, least=60)
+    assert loads + loads_of(np.array([0, 0, 1]), np.array([4, 4, 4]), 4) == Loads(mean=28, largest=68, least=64)
+    assert loads_of(np.zeros(0, np.int64), np.zeros(0, np.int64), 4) == Loads(0, 0, 0)

@@ -81,7 +81,7 @@ def num_samples(sampler, split, *, num_events, num_train, num_validation):
     end = {"train": num_train, "validation": num_train + num_validation, "test": num_events}[split]
     if sampler is RANKING:
         return math.ceil((end - begin) / (2 if split == "train" else 1))
-    return int(end >= 2) if split == "train" else end - max(begin, 1)
+    return math.ceil(max(end - 1, 0) / NEXT_ITEM.max_history) if split == "train" else end - max(begin, 1)
 
 
 def inputs(batch):
@@ -208,7 +208,9 @@ def test_resuming_on_any_other_ranks_reads_each_sample_once(path, sampler, world
 def test_epochs_follow_one_another_in_different_orders(path):
     one = loader(path)
     found = [(batch.epoch, tuple(consumed([batch]))) for batch in loader(path, epochs=3)]
-    assert Counter(epoch for epoch, _ in found) == {epoch: one.steps_per_epoch(epoch) for epoch in range(3)}
+    assert Counter(epoch for epoch, _ in found) == {
+        epoch: one.num_steps(epoch + 1) - one.num_steps(epoch) for epoch in range(3)
+    }
     orders = [[samples for epoch, samples in found if epoch == wanted] for wanted in range(3)]
     assert orders[0] != orders[1] != orders[2]
     assert sorted(sum(orders[1], ())) == sorted(sum(orders[0], ())) == every_sample(path)
@@ -225,7 +227,7 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others(path):
 def test_a_loader_says_how_many_samples_and_steps_it_has(path, size):
     known = loader(path, **size)
     read = steps(path, **size)
-    assert known.steps_per_epoch(0) == len(read)
+    assert known.num_steps(1) == len(read)
     assert known.num_samples == len(every_sample(path))
 
 
@@ -376,7 +378,7 @@ def test_a_split_without_events_has_no_batches(histories, tmp_path):
     table = histories.set_column(histories.schema.get_field_index("num_validation"), "num_validation", zeros)
     root = write_dataset(tmp_path / "dataset", table, num_items=NUM_ITEMS).root
     empty = loader(str(root), split="validation", epochs=None)
-    assert (list(empty), empty.num_samples, empty.steps_per_epoch(0)) == ([], 0, 0)
+    assert (list(empty), empty.num_samples, empty.num_steps(1)) == ([], 0, 0)
 
 
 def test_a_state_beyond_the_epoch_is_refused(path):

@@ -3,10 +3,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from orders import order_of
+from orders import order_of, pairs_cost
 
-from ultrarec.data.cost import CostModel
-from ultrarec.data.order import LoaderState, StepSize
+from ultrarec.data.deal import NO_LOADS, deal, loads_of
+from ultrarec.data.order import LoaderState, Order, StepSize
 from ultrarec.data.samples import NextItemSampler, RankingSampler, RowCounts
 
 BY_ROWS, BY_TOKENS, BY_COST = StepSize("rows", 7), StepSize("tokens", 40), StepSize("cost", 60)
@@ -106,7 +106,9 @@ def test_a_sample_longer_than_the_tokens_of_a_step_is_a_step_of_its_own():
 
 @pytest.mark.parametrize("step_size", [*SIZES, StepSize("rows", 1000)])
 def test_the_number_of_steps_is_known_beforehand(step_size):
-    assert order(step_size=step_size).num_steps(3) == len(list(order(step_size=step_size).steps(3)))
+    steps = [len(list(order(step_size=step_size).steps(epoch))) for epoch in range(3)]
+    assert order(step_size=step_size).num_steps(3) == sum(steps)
+    assert order(step_size=step_size).num_steps(3, per_update=2) == sum(-(-number // 2) for number in steps)
 
 
 @pytest.mark.parametrize("step_size", SIZES)
@@ -150,7 +152,7 @@ def test_every_step_takes_its_share_of_every_row_group_of_the_window():
 
 
 def test_steps_of_equally_many_rows_cost_about_the_same():
-    steps = list(long_order(step_size=StepSize("rows", 400), cost_model=CostModel()).steps(0))
+    steps = list(long_order(step_size=StepSize("rows", 400), cost_model=pairs_cost(0, 4096)).steps(0))
     costs = np.array([step.samples.costs.sum() for step in steps])
     each = np.concatenate([step.samples.costs for step in steps])
     by_chance = each.std() / each.mean() / 400**0.5
@@ -159,3 +161,52 @@ def test_steps_of_equally_many_rows_cost_about_the_same():
 
 def test_a_state_survives_a_checkpoint():
     assert LoaderState.from_dict(LoaderState(3, 41).to_dict()) == LoaderState(3, 41)
+
+
+def small_steps(lengths, *, balance_for, pair):
+    """Loads of 8 ranks in steps of 64 samples, summed over an epoch but for its last step."""
+    of = order_of(
+        RowCounts(lengths, lengths, np.zeros_like(lengths)),
+        np.linspace(0, len(lengths), 17).astype(np.int64),
+        sampler=NextItemSampler(4096, "recent"),
+        cost_model=pairs_cost(pair, 4096),
+        step_size=StepSize("rows", 64),
+        groups_per_window=16,
+        balance_for=balance_for,
+    )
+    loads = NO_LOADS
+    for step in list(of.steps(0))[:-1]:
+        costs = step.samples.costs
+        loads += loads_of(deal(step.samples.places, costs, 8), costs, 8)
+    return loads
+
+
+@pytest.mark.parametrize(("kind", "pair"), [("zipf", 0), ("log-normal", 0), ("log-normal", 1e-3)])
+def test_eight_samples_for_each_of_eight_ranks_are_dealt_evenly_when_they_come_in_eights(kind, pair):
+    random = np.random.default_rng(1)
+    lengths = random.zipf(1.3, 16_000) * 20.0 if kind == "zipf" else random.lognormal(5, 1, 16_000)
+    lengths = np.clip(lengths, 2, 4096).astype(np.int32)
+    plain, balanced = (small_steps(lengths, balance_for=number, pair=pair) for number in (1, 8))
+    assert balanced.largest <= 1.05 * balanced.mean < plain.largest
+
+
+@pytest.mark.parametrize("sampler", [RankingSampler(5, 2), NextItemSampler(5)])
+def test_an_epoch_of_samples_in_groups_of_like_cost_holds_each_exactly_once(sampler):
+    grouped = order(sampler=sampler, balance_for=4)
+    assert Counter(sequence(grouped, epoch=2)) == Counter(every_sample(grouped))
+    assert sequence(grouped) != sequence(order(sampler=sampler))
+
+
+def test_steps_of_large_epochs_are_estimated_from_the_first_samples(monkeypatch):
+    by_cost = long_order(step_size=StepSize("cost", 100_000))
+    exact = by_cost.num_steps(2)
+    monkeypatch.setattr("ultrarec.data.order.COUNTED", 2_000)
+    walked, window = [], Order._window
+
+    def counting(of, *place):
+        walked.append(place)
+        return window(of, *place)
+
+    monkeypatch.setattr(Order, "_window", counting)
+    assert by_cost.num_steps(2) == pytest.approx(exact, rel=0.03)
+    assert len(walked) == 1

@@ -32,9 +32,17 @@ def test_ranking_evaluates_one_event_at_a_time_with_everything_before_it():
     assert all_slices(RankingSampler(8, 3), (10, 7, 1), "test") == [(0, 8, 9), (1, 9, 10)]
 
 
-def test_next_item_trains_on_the_newest_events_of_a_row_as_one_sample():
-    assert all_slices(NextItemSampler(4), (10, 7, 1), "train") == [(2, 6, 7)]
+def test_next_item_cuts_a_row_in_windows_from_the_newest_event_back():
+    assert all_slices(NextItemSampler(4), (10, 7, 1), "train") == [(2, 6, 7), (0, 2, 3)]
+    assert all_slices(NextItemSampler(3), (10, 7, 1), "train") == [(3, 6, 7), (0, 3, 4)]
     assert all_slices(NextItemSampler(20), (10, 7, 1), "train") == [(0, 6, 7)]
+
+
+def test_with_recent_targets_only_the_newest_events_of_a_row_are_asked_for():
+    assert all_slices(NextItemSampler(4, "recent"), (10, 7, 1), "train") == [(2, 6, 7)]
+    assert all_slices(RankingSampler(4, 3, "recent"), (10, 7, 1), "train") == [(0, 3, 6), (2, 6, 7)]
+    for sampler in (NextItemSampler(4, "recent"), RankingSampler(4, 3, "recent")):
+        assert all_slices(sampler, (10, 7, 1), "test")[-1] == (5, 9, 10)
 
 
 def test_next_item_evaluates_each_event_of_the_split_from_those_before_it():
@@ -52,9 +60,10 @@ def test_a_users_first_event_is_ranked_with_an_empty_history():
 
 
 row_counts = st.tuples(st.integers(0, 12), st.integers(0, 5), st.integers(0, 5)).map(lambda row: (sum(row), *row[:2]))
+targets = st.sampled_from(["all", "recent"])
 samplers = st.one_of(
-    st.builds(RankingSampler, max_history=st.integers(1, 9), targets_per_sample=st.integers(1, 4)),
-    st.builds(NextItemSampler, max_history=st.integers(1, 9)),
+    st.builds(RankingSampler, max_history=st.integers(1, 9), targets_per_sample=st.integers(1, 4), targets=targets),
+    st.builds(NextItemSampler, max_history=st.integers(1, 9), targets=targets),
 )
 
 
@@ -76,13 +85,21 @@ def test_every_event_of_a_split_is_a_ranking_target_exactly_once(row, max_histor
     assert [event for _, begin, end in slices for event in range(begin, end)] == list(range(begins[split], ends[split]))
 
 
+@settings(max_examples=200, deadline=None)
+@given(num_train=st.integers(0, 40), max_history=st.integers(1, 9))
+def test_every_training_event_but_the_first_is_predicted_exactly_once(num_train, max_history):
+    slices = all_slices(NextItemSampler(max_history), (num_train + 2, num_train, 1), "train")
+    assert sorted(event for begin, end, _ in slices for event in range(begin + 1, end + 1)) == list(range(1, num_train))
+    assert all(1 <= end - begin <= max_history for begin, end, _ in slices)
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_labels_are_counted_without_reading_events(split):
     row = (10, 6, 2)
     ranking, next_item = RankingSampler(4, 4), NextItemSampler(4)
     for sampler, labels in (
         (ranking, {"train": 6, "validation": 2, "test": 2}),
-        (next_item, {"train": 4, "validation": 2, "test": 2}),
+        (next_item, {"train": 5, "validation": 2, "test": 2}),
     ):
         num_samples = int(sampler.num_samples(counts_of(row), split)[0])
         slices = sampler.slices(counts_of(*[row] * num_samples), np.arange(num_samples), split)

@@ -3,11 +3,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from orders import order_of
+from orders import order_of, pairs_cost
 from pydantic import ValidationError
 
 from ultrarec.data.config import DataConfig
-from ultrarec.data.cost import CostModel
 from ultrarec.data.deal import deal
 from ultrarec.data.hashing import keys
 from ultrarec.data.loader import Loader, NextItemSampler, RankingSampler
@@ -119,7 +118,7 @@ def variation(values):
 @pytest.mark.parametrize("kind", ["zipf", "log-normal"])
 def test_balanced_loads_of_ranks_vary_at_least_five_times_less(kind, pair):
     lengths = lengths_of(kind, 16_000, 4097)
-    common = {"step_size": StepSize("cost", 250_000), "cost_model": CostModel(pair=pair)}
+    common = {"step_size": StepSize("cost", 250_000), "cost_model": pairs_cost(pair, 4096)}
     plain, balanced = (order(lengths, balanced=balanced, **common) for balanced in (False, True))
     # Plain stochastic length as published: every rank decides for itself about what it was dealt.
     independent = loads(plain, dealt_before=True)

@@ -13,10 +13,7 @@ from small_runs import config_of, make_dataset
 from ultrarec.data.preparation.statistics import LengthCounter
 from ultrarec.launch import cli
 from ultrarec.launch.workload import Catalogue, catalogue_of, workload_of
-from ultrarec.model.config import ModelConfig
-from ultrarec.model.flops import Sample, visible_pairs
-from ultrarec.model.sequences import Limits
-from ultrarec.trainer.build import build_loader, cost_model_of, load_dataset
+from ultrarec.trainer.build import build_loader, load_dataset
 from ultrarec.trainer.config import load_config
 from ultrarec.trainer.parallel import World
 
@@ -145,12 +142,3 @@ def test_operations_are_the_mean_over_lengths_not_those_of_the_mean_length():
     work = workload_of(config, catalogue)
     assert (work.history.tolist(), work.samples) == ([10, 100], 128)
     assert work.mean(work.history**2) == 0.75 * 10**2 + 0.25 * 100**2
-
-
-@pytest.mark.parametrize("local", [{}, {"window": 8, "full_tail": 4}, {"window": 8, "prefix": 4}])
-def test_the_loader_deals_by_the_pairs_of_the_models_mask(local):
-    config = ModelConfig(width=16, num_layers=1, **local)
-    history, targets = np.arange(40), np.full(40, 3)
-    mask = Limits(num_contextual=0, max_history=0, max_targets=0, context_sees_history=True).mask(**local)
-    expected = visible_pairs(mask, Sample(history=history, targets=targets))
-    assert cost_model_of(config).pairs(history, targets).tolist() == expected.tolist()

@@ -89,6 +89,14 @@ def test_overrides_take_toml_values_and_bare_words(recipe, override, read):
     assert read(load_config(recipe(), [override]))
 
 
+def test_an_override_without_a_value_takes_the_setting_out_of_the_recipe(recipe):
+    data = load_config(recipe(), ["data.batch_rows=", "data.batch_tokens=100"]).data
+    assert (data.batch_rows, data.batch_tokens) == (None, 100)
+    assert load_config(recipe(), ["data.features="]).data.features == {}
+    with pytest.raises(UserError, match=r"does not set data\.batch_row, so there is nothing to remove"):
+        load_config(recipe(), ["data.batch_row="])
+
+
 def test_the_last_of_several_overrides_of_one_setting_counts(recipe):
     assert load_config(recipe(), ["trainer.max_steps=1", "trainer.max_steps=2"]).trainer.max_steps == 2
 
@@ -128,8 +136,9 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
         (
             "data.batch_tokens=100",
             "data.batch_rows=8, data.batch_tokens=100, data.batch_cost=None: exactly one of them sizes a step; "
-            "set one and remove the others",
+            "set one and remove the others (--set data.NAME= removes one)",
         ),
+        ("data.balance_for=0", "data.balance_for=0: input should be greater than 0"),
         (
             "objective.kind=next_item",
             "objective.tasks=['is_click'] belongs to kind='ranking'; remove it for kind='next_item'",
@@ -207,7 +216,7 @@ def test_an_override_through_a_value_is_refused(recipe):
     [
         ("dim = 8\n", "embeddings.dim is missing; set it"),
         ("batch_rows = 8\n", "data.batch_rows=None, data.batch_tokens=None, data.batch_cost=None: exactly one of "
-                             "them sizes a step; set one and remove the others"),
+                             "them sizes a step; set one and remove the others (--set data.NAME= removes one)"),
         ("epochs = 1\n", NEITHER_END),
         ("[trainer]\nepochs = 1\n", "trainer is missing; set it"),
     ],

@@ -41,7 +41,7 @@ def expected_samples(dataset, sampler):
 def test_small_datasets_have_what_the_other_tests_rely_on(dataset):
     samples = expected_samples(dataset, RankingSampler(12, 1))
     assert len(samples) % 24
-    assert len(expected_samples(dataset, NextItemSampler(12))) % 7 == 1, (
+    assert len(expected_samples(dataset, NextItemSampler(12, "recent"))) % 7 == 1, (
         "the last step must leave ranks without samples"
     )
 
@@ -52,6 +52,13 @@ def test_losses_on_several_ranks_are_those_on_one(trained, kind, world_size):
     alone, together = losses(trained(1)[kind]), losses(trained(world_size)[kind])
     assert len(alone) >= 20
     assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_metrics_tell_how_evenly_steps_were_dealt(trained):
+    alone, together = (lines(trained(world_size)["ranking"]) for world_size in (1, 2))
+    assert {(line["imbalance"], line["imbalance_least"]) for line in alone} == {(1, 1)}
+    assert all(1 <= line["imbalance_least"] <= line["imbalance"] < 2 for line in together)
+    assert any(line["imbalance"] > 1 for line in together)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,7 +74,7 @@ def test_weights_and_optimizer_states_on_several_ranks_are_those_on_one(trained,
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_sample_of_every_epoch_is_consumed_once_over_all_ranks(trained, dataset, kind, world_size):
-    sampler = NextItemSampler(12) if "softmax" in kind else RankingSampler(12, 1)
+    sampler = NextItemSampler(12, "recent") if "softmax" in kind else RankingSampler(12, 1)
     expected = expected_samples(dataset, sampler)
     consumed = audit(trained(world_size)[kind])
     assert sorted(consumed) == list(range(4 if "softmax" in kind else 2))
@@ -90,7 +97,7 @@ def test_learning_lowers_the_loss(trained):
 @pytest.mark.parametrize("kind", ["ranking", "full_softmax"])
 def test_more_ranks_than_samples_of_a_step_neither_hang_nor_drop_one(tmp_path, kind):
     small = make_dataset(tmp_path / "dataset", num_users=4, mean_events=1.5)
-    sampler = NextItemSampler(12) if kind == "full_softmax" else RankingSampler(12, 1)
+    sampler = NextItemSampler(12, "recent") if kind == "full_softmax" else RankingSampler(12, 1)
     expected = expected_samples(small, sampler)
     config = config_of(small, kind, "data.batch_rows=3", "trainer.epochs=3")
     run_ranks(train_on_ranks, [(config, tmp_path / "four")], world_size=4)
