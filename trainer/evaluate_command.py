@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..data.errors import UserError
@@ -28,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEP|latest|best",
         help="which checkpoint; best: of those kept, by checkpoint.best_metric (default: %(default)s)",
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics there, a line per split")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,11 +58,21 @@ def run(args: argparse.Namespace) -> int:
         evaluator = Evaluator(config, info, world, sharded.parallel)
         if not evaluator.held_out:
             raise UserError(f"{config.data.path} holds nothing out; prepare it with --leave-last or --split-time")
+        lines = []
         for split in evaluator.held_out:
             metrics = {"step": manifest.step, **evaluator(split)}
+            lines.append(_json_line({"split": split, **metrics}))
             if world.is_main:
                 print(f"{describe(split, metrics)}\n", flush=True)
+        if args.json is not None and world.is_main:
+            args.json.write_text("".join(lines), encoding="utf-8")
     return 0
+
+
+def _json_line(values: Mapping[str, object]) -> str:
+    """As metrics.jsonl has it: a metric without a value is null."""
+    known = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+    return json.dumps(known) + "\n"
 
 
 def _config_of(run_dir: Path, overrides: list[str]) -> Config:
