@@ -45,8 +45,10 @@ def run(args: argparse.Namespace) -> int:
             data = _dataset(study, args.data)
             if not args.report:
                 _train(study, parts, args=args, data=data, out=out)
-        elif not args.report:
-            _measure(study, parts, out)
+        else:
+            _require_no_training(args)
+            if not args.report:
+                _measure(study, parts, out)
         _report(name, study, out, args)
     return 0
 
@@ -72,6 +74,12 @@ def _dataset(study: QualityStudy, path: Path | None) -> str:
     except UserError as error:
         raise UserError(f"--data {path}: {error}\nthis study's dataset is made by\n{study.prepare.strip()}") from None
     return str(path.resolve())
+
+
+def _require_no_training(args: argparse.Namespace) -> None:
+    for name, default in (("data", None), ("seeds", None), ("procs", 1)):
+        if getattr(args, name) != default:
+            raise UserError(f"--{name} {getattr(args, name)}: this study trains nothing; leave it out")
 
 
 def _train(study: QualityStudy, names: list[str], *, args: argparse.Namespace, data: str, out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -151,32 +152,46 @@ def _train(run: Run, procs: int) -> None:
     with (run.folder / ATTEMPTS_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"event": "start", "new": is_new}) + "\n")
         file.flush()
-        usage = _run([sys.executable, *torchrun, *module])
-        cost = {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024}
+        ended = _run([sys.executable, *torchrun, *module])
+        cost = {"cpu_seconds": ended.usage.ru_utime + ended.usage.ru_stime, "peak_mib": ended.usage.ru_maxrss / 1024}
         file.write(json.dumps({"event": "end", **cost}) + "\n")
+    ended.require_success()
 
 
-def _run(command: list[str]) -> Any:
-    """Run a process to its end, and return what it used; Ctrl-C and SIGTERM reach it, and it is waited for.
+@dataclass(frozen=True)
+class _Ended:
+    """A process that has come to its end."""
 
-    Raises:
-        UserError: it ended with an error, which it has explained.
-    """
+    command: list[str]
+    code: int
+    usage: resource.struct_rusage
+    """Of itself and the processes that it waited for."""
+    is_interrupted: bool
+
+    def require_success(self) -> None:
+        """Raise UserError if it failed, which it has explained, and KeyboardInterrupt if it was made to stop."""
+        if self.is_interrupted:
+            raise KeyboardInterrupt
+        if self.code:
+            raise UserError(
+                f"{shlex.join(self.command[1:])} ended with code {self.code}, and has said why above; "
+                "mend that and give the same command again: finished runs stay, and this one continues"
+            )
+
+
+def _run(command: list[str]) -> _Ended:
+    """Run a process to its end; Ctrl-C and SIGTERM reach it, and it is waited for while it saves."""
     process = subprocess.Popen(command)
+    is_interrupted = False
     try:
         _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
     except KeyboardInterrupt:
+        is_interrupted = True
         # The terminal has sent it Ctrl-C too, but SIGTERM came to us alone; signals close together count as one.
         process.send_signal(signal.SIGTERM)
-        process.wait()
-        raise
-    if process.returncode:
-        raise UserError(
-            f"{shlex.join(command[1:])} ended with code {process.returncode}, and has said why above; "
-            "mend that and give the same command again: finished runs stay, and this one continues"
-        )
-    return usage
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return _Ended(command, process.returncode, usage, is_interrupted)
 
 
 def _result(run: Run, study: QualityStudy) -> Result:
@@ -236,7 +251,7 @@ def _evaluated(run: Run, step: int) -> list[dict[str, Any]]:
     """The metrics of a checkpoint, by a process of its own: two runs need two process groups."""
     out = run.folder / f"evaluation-{step}.jsonl"
     cli = [sys.executable, "-m", "ultrarec.launch.cli"]
-    _run([*cli, "evaluate", str(run.folder), "--checkpoint", str(step), "--json", str(out)])
+    _run([*cli, "evaluate", str(run.folder), "--checkpoint", str(step), "--json", str(out)]).require_success()
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 

@@ -1,17 +1,22 @@
 """`ultrarec study`: what it trains, what it keeps, and what it writes down."""
 
 import json
+import os
 import shutil
+import signal
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from small_runs import NEXT_ITEM, make_dataset
 
+from ultrarec.data.errors import UserError
 from ultrarec.launch import cli
 from ultrarec.launch.study import compute, page, results
 from ultrarec.launch.study.config import ComputeStudy, QualityStudy, list_studies, load_study
-from ultrarec.launch.study.runs import _cost
+from ultrarec.launch.study.runs import _cost, _run
 from ultrarec.trainer.report import read_lines
 
 # Of four evaluated steps the third is the best on validation, so that the last one is not what must be reported.
@@ -195,6 +200,38 @@ def test_a_cost_that_is_not_known_whole_is_not_given(out, tmp_path):
     assert _cost(tmp_path) == (None, None)
 
 
+SAVES = """
+import pathlib, signal, sys, time
+def save(*_):
+    pathlib.Path(sys.argv[1], "saved").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path(sys.argv[1], "ready").touch()
+time.sleep(60)
+"""
+
+
+def test_a_study_that_is_stopped_waits_until_its_run_has_saved(tmp_path):
+    def stop_when_ready() -> None:
+        while not (tmp_path / "ready").exists():
+            timer.wait(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timer = threading.Event()
+    threading.Thread(target=stop_when_ready, daemon=True).start()
+    ended = _run([sys.executable, "-c", SAVES, str(tmp_path)])
+    assert (tmp_path / "saved").exists()
+    assert ended.usage.ru_utime > 0, "an attempt that was stopped counts too"
+    with pytest.raises(KeyboardInterrupt):
+        ended.require_success()
+
+
+def test_a_run_that_fails_says_how_to_go_on():
+    ended = _run([sys.executable, "-c", "import sys; sys.exit(2)"])
+    with pytest.raises(UserError, match="code 2, and has said why above; mend that and give the same command again"):
+        ended.require_success()
+
+
 def test_a_mean_over_seeds_needs_every_seed(out):
     found = results.read(out / "results.json")
     (first,) = found.results
@@ -228,3 +265,5 @@ def test_times_of_both_variants_stand_beside_the_ratio_of_their_operations(tmp_p
     path.write_text(COMPUTE.format(settings=SMALL, windowed=[*SMALL, "model.window=6"]))
     assert cli.main(argv) == 2
     assert "other settings" in capsys.readouterr().err
+    assert cli.main([*argv, "--seeds", "2"]) == 2
+    assert "--seeds" in capsys.readouterr().err
