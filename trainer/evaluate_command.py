@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..data.errors import UserError
@@ -13,6 +11,8 @@ from .config import CheckpointConfig, Config, load_config
 from .manifest import Manifest, checkpoint_folder, complete_checkpoints, step_of
 from .noise import silence
 from .storage import Location, checkpoint_home
+
+Metrics = Mapping[str, float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEP|latest|best",
         help="which checkpoint; best: of those kept, by checkpoint.best_metric (default: %(default)s)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics there, a line per split")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,11 +38,24 @@ def run(args: argparse.Namespace) -> int:
     config = _config_of(args.run_dir, args.set)
     folder = find_checkpoint(args.run_dir, args.checkpoint, config.checkpoint)
     silence()
+    from .summary import describe
+
+    held_out_metrics(config, folder, show=lambda split, metrics: print(f"{describe(split, metrics)}\n", flush=True))
+    return 0
+
+
+def held_out_metrics(
+    config: Config, folder: Location, *, show: Callable[[str, Metrics], None]
+) -> dict[str, dict[str, float]]:
+    """The metrics of a checkpoint by held-out split of the run's dataset, with the checkpoint's `step` among them.
+
+    Args:
+        show: called on the first rank with each split and its metrics, as soon as they are known.
+    """
     from . import checkpoint
     from .build import build_recommender, load_dataset, shard
     from .evaluate import Evaluator
     from .parallel import join
-    from .summary import describe
 
     info = load_dataset(config)
     trained_on = Manifest.read(folder).dataset
@@ -52,27 +64,18 @@ def run(args: argparse.Namespace) -> int:
             f"{folder} was trained on another dataset than {config.data.path} is now (fingerprints {trained_on} and "
             f"{info.fingerprint}): ids would mean other items; say where its own is with --set data.path=DIR"
         )
+    found: dict[str, dict[str, float]] = {}
     with join(config.trainer) as world:
         sharded = shard(build_recommender(config, info), config, world)
         manifest = checkpoint.load_weights(sharded.parallel, folder, world=world)
         evaluator = Evaluator(config, info, world, sharded.parallel)
         if not evaluator.held_out:
             raise UserError(f"{config.data.path} holds nothing out; prepare it with --leave-last or --split-time")
-        lines = []
         for split in evaluator.held_out:
-            metrics = {"step": manifest.step, **evaluator(split)}
-            lines.append(_json_line({"split": split, **metrics}))
+            found[split] = {"step": manifest.step, **evaluator(split)}
             if world.is_main:
-                print(f"{describe(split, metrics)}\n", flush=True)
-        if args.json is not None and world.is_main:
-            args.json.write_text("".join(lines), encoding="utf-8")
-    return 0
-
-
-def _json_line(values: Mapping[str, object]) -> str:
-    """As metrics.jsonl has it: a metric without a value is null."""
-    known = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
-    return json.dumps(known) + "\n"
+                show(split, found[split])
+    return found
 
 
 def _config_of(run_dir: Path, overrides: list[str]) -> Config:

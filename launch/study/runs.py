@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,7 +204,7 @@ def _result(run: Run, study: QualityStudy) -> Result:
     step = last_step if study.checkpoint == "latest" else _best_step(run)
     by_split = {line["split"]: line for line in lines if line["step"] == step}
     if "test" not in by_split:
-        by_split |= {line["split"]: line for line in _evaluated(run, step)}
+        by_split |= _evaluated(run, step)
     test, validation = (
         {
             name: value
@@ -234,8 +235,10 @@ def _result(run: Run, study: QualityStudy) -> Result:
     )
 
 
-def _metrics(line: dict[str, Any]) -> dict[str, float | None]:
-    return {name: value for name, value in line.items() if name not in ("step", "epoch", "split", "time")}
+def _metrics(line: Mapping[str, Any]) -> dict[str, float | None]:
+    """What a line says of its split; a metric without a value is None."""
+    values = {name: value for name, value in line.items() if name not in ("step", "epoch", "split", "time")}
+    return {name: None if value is None or math.isnan(value) else value for name, value in values.items()}
 
 
 def _best_step(run: Run) -> int:
@@ -247,12 +250,12 @@ def _best_step(run: Run) -> int:
     return step
 
 
-def _evaluated(run: Run, step: int) -> list[dict[str, Any]]:
-    """The metrics of a checkpoint, by a process of its own: two runs need two process groups."""
-    out = run.folder / f"evaluation-{step}.jsonl"
-    cli = [sys.executable, "-m", "ultrarec.launch.cli"]
-    _run([*cli, "evaluate", str(run.folder), "--checkpoint", str(step), "--json", str(out)]).require_success()
-    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+def _evaluated(run: Run, step: int) -> dict[str, dict[str, float]]:
+    """The metrics of a checkpoint by held-out split, as `ultrarec evaluate` computes them, in this process."""
+    from ...trainer.evaluate_command import find_checkpoint, held_out_metrics
+
+    folder = find_checkpoint(run.folder, str(step), run.config.checkpoint)
+    return held_out_metrics(run.config, folder, show=lambda split, _: None)
 
 
 def _parameters(config: Config) -> tuple[int, int]:

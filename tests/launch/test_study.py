@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from small_runs import NEXT_ITEM, make_dataset
 
+from ultrarec.data.atomic import termination_as_interruption
 from ultrarec.data.errors import UserError
 from ultrarec.launch import cli
 from ultrarec.launch.study import compute, page, results
@@ -215,11 +216,12 @@ def test_a_study_that_is_stopped_waits_until_its_run_has_saved(tmp_path):
     def stop_when_ready() -> None:
         while not (tmp_path / "ready").exists():
             timer.wait(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     timer = threading.Event()
     threading.Thread(target=stop_when_ready, daemon=True).start()
-    ended = _run([sys.executable, "-c", SAVES, str(tmp_path)])
+    with termination_as_interruption():
+        ended = _run([sys.executable, "-c", SAVES, str(tmp_path)])
     assert (tmp_path / "saved").exists()
     assert ended.usage.ru_utime > 0, "an attempt that was stopped counts too"
     with pytest.raises(KeyboardInterrupt):
