@@ -7,5 +7,9 @@ FOLDERS = ("data", "embeddings", "kernels", "launch", "model", "trainer")
 setup(
     packages=["ultrarec." + name for name in find_packages() if name.split(".")[0] in FOLDERS],
     package_dir={"ultrarec." + folder: folder for folder in FOLDERS},
-    package_data={"ultrarec.data": ["sample/*"], "ultrarec.trainer": ["recipes/*.toml"]},
+    package_data={
+        "ultrarec.data": ["sample/*"],
+        "ultrarec.launch": ["studies/*.toml"],
+        "ultrarec.trainer": ["recipes/*.toml"],
+    },
 )

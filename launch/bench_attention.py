@@ -211,10 +211,11 @@ def _machine(device: str) -> dict[str, Any]:
         import triton
 
         return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    return {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor as the kernel calls it, and how many cores this machine has."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return f"{line.split(':', 1)[1].strip()} ({os.cpu_count()} cores)"

@@ -92,6 +92,14 @@ def bench(parser: argparse.ArgumentParser) -> Run:
     return bench.run
 
 
+def study(parser: argparse.ArgumentParser) -> Run:
+    """Compare models."""
+    from .study import command
+
+    command.add_arguments(parser)
+    return command.run
+
+
 def doctor(parser: argparse.ArgumentParser) -> Run:
     """Check the installation."""
     from . import doctor
@@ -190,6 +198,15 @@ Exit code 1: it does not fit.""",
   ultrarec bench attention --dtype bf16 --threads 2 --lengths 1024,4096 --out bench
   ultrarec bench attention --static --arch sm_90
   ultrarec bench checkpoint --gib 1 --where /data""",
+    ),
+    "study": Command(
+        study,
+        "train, test and time what a study compares; tables and pictures of what came of it",
+        """\
+  ultrarec study kuairand --data datasets/kuairand-sample
+  ultrarec study kuairand --data datasets/kuairand-sample --only ultra_hstu --seeds 1
+  ultrarec study compute --only 16384 --page docs/results.md
+The same command again trains what is missing; finished runs are kept.""",
     ),
     "doctor": Command(
         doctor,

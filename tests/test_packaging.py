@@ -48,7 +48,11 @@ def installed(wheel, tmp_path_factory) -> Path:
 def test_the_wheel_holds_every_module_recipe_and_the_sample(wheel):
     shipped = set(zipfile.ZipFile(wheel).namelist())
     modules = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
-    others = [*ROOT.glob("trainer/recipes/*.toml"), *(path for path in ROOT.glob("data/sample/*") if path.is_file())]
+    others = [
+        *ROOT.glob("trainer/recipes/*.toml"),
+        *ROOT.glob("launch/studies/*.toml"),
+        *(path for path in ROOT.glob("data/sample/*") if path.is_file()),
+    ]
     assert others
     expected = {f"ultrarec/{path.relative_to(ROOT)}" for path in modules + others if "__pycache__" not in path.parts}
     assert expected - shipped == set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..data.errors import UserError
@@ -11,6 +12,8 @@ from .config import CheckpointConfig, Config, load_config
 from .manifest import checkpoint_folder, complete_checkpoints, newest_readable, step_of, use_newest
 from .noise import silence
 from .storage import Location, checkpoint_home
+
+Metrics = Mapping[str, float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,11 +39,24 @@ def run(args: argparse.Namespace) -> int:
     config = _config_of(args.run_dir, args.set)
     folders = find_checkpoints(args.run_dir, args.checkpoint, config.checkpoint)
     silence()
+    from .summary import describe
+
+    held_out_metrics(config, folders, show=lambda split, metrics: print(f"{describe(split, metrics)}\n", flush=True))
+    return 0
+
+
+def held_out_metrics(
+    config: Config, folders: list[Location], *, show: Callable[[str, Metrics], None]
+) -> dict[str, dict[str, float]]:
+    """By held-out split of the run's dataset, the metrics of the newest readable of some checkpoints, and its `step`.
+
+    Args:
+        show: called on the first rank with each split and its metrics, as soon as they are known.
+    """
     from . import checkpoint
     from .build import build_recommender, load_dataset, shard
     from .evaluate import Evaluator
     from .parallel import join
-    from .summary import describe
 
     info = load_dataset(config)
     manifest = newest_readable(folders)
@@ -49,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
             f"{folders[-1]} was trained on another dataset than {config.data.path} is now (fingerprints {trained_on} "
             f"and {info.fingerprint}): ids would mean other items; say where its own is with --set data.path=DIR"
         )
+    found: dict[str, dict[str, float]] = {}
     with join(config.trainer) as world:
         sharded = shard(build_recommender(config, info), config, world)
         used = use_newest(
@@ -61,10 +78,10 @@ def run(args: argparse.Namespace) -> int:
         if not evaluator.held_out:
             raise UserError(f"{config.data.path} holds nothing out; prepare it with --leave-last or --split-time")
         for split in evaluator.held_out:
-            metrics = {"step": used.value.step, **evaluator(split)}
+            found[split] = {"step": used.value.step, **evaluator(split)}
             if world.is_main:
-                print(f"{describe(split, metrics)}\n", flush=True)
-    return 0
+                show(split, found[split])
+    return found
 
 
 def _config_of(run_dir: Path, overrides: list[str]) -> Config:
