@@ -76,6 +76,7 @@ def build_loader(
         pin_memory=world.device.type == "cuda",
         candidates=candidates_of(config.objective, info.num_items),
         cost_model=cost_model_of(config.model),
+        numbers=tuple(config.objective.regressions),
     )
 
 

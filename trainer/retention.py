@@ -13,7 +13,7 @@ from .report import METRICS_FILE
 from .storage import Location, remove_tree
 
 DEFAULT_METRIC = "ndcg@10"
-LOWER_IS_BETTER = ("loss", "ne/")
+LOWER_IS_BETTER = ("loss", "ne/", "mae/", "mse/")
 
 
 def retain(home: Location, config: CheckpointConfig, *, out: Path) -> None:
