@@ -23,7 +23,7 @@ from .order import LoaderState
 
 @dataclass
 class Batch(Pipelineable):
-    """Jagged samples of one step; every tensor is int64.
+    """Jagged samples of one step; every tensor but `numbers` is int64.
 
     Either an input of `ranking` (targets trail the history, one label per target) or of `next_item` (no targets: in
     training each of the T positions predicts the event after it, in evaluation only a sample's last one does).
@@ -60,6 +60,8 @@ class Batch(Pipelineable):
     """Samples of this rank in this step that `data.bad_data="skip"` left out; `num_labels` counts their labels."""
     loads: Loads = NO_LOADS
     """How evenly the step was dealt; the same on every rank."""
+    numbers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """[M] float32 each, by column: ranking, what stands there at the targets; NaN where the log has nothing."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """This batch on another device, all but `samples`."""
@@ -74,12 +76,12 @@ class Batch(Pipelineable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of every tensor until the work queued on `stream` is done."""
-        for tensor in [*self._tensors().values(), *self.features.values()]:
+        for tensor in [*self._tensors().values(), *self.features.values(), *self.numbers.values()]:
             tensor.record_stream(stream)
         self.ids.record_stream(stream)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """The tensors that travel, by field, `ids` and `features` apart."""
+        """The tensors that travel, by field, `ids`, `features` and `numbers` apart."""
         fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
         return {name: value for name, value in fields if isinstance(value, Tensor) and name != "samples"}
 
@@ -90,4 +92,5 @@ class Batch(Pipelineable):
     ) -> Batch:
         moved: dict[str, Any] = {name: move(tensor) for name, tensor in self._tensors().items()}
         features = {name: move(tensor) for name, tensor in self.features.items()}
-        return dataclasses.replace(self, ids=move_ids(self.ids), features=features, **moved)
+        numbers = {name: move(tensor) for name, tensor in self.numbers.items()}
+        return dataclasses.replace(self, ids=move_ids(self.ids), features=features, numbers=numbers, **moved)

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from .config import FeatureConfig
 from .errors import UserError
 from .samples import Integers
-from .schema import DatasetInfo
+from .schema import Column, DatasetInfo
 
 Faults = dict[int, tuple[str, str]]
 """By the number of the row in its row group: the column, and what is wrong with it."""
@@ -59,16 +59,18 @@ def _first_of_rows(places: Integers, offsets: Integers) -> list[tuple[int, int]]
     return list(zip(rows.tolist(), places[first].tolist(), strict=True))
 
 
-def check_columns(file: str, schema: pa.Schema, info: DatasetInfo, features: Mapping[str, FeatureConfig]) -> None:
+def check_columns(
+    file: str, schema: pa.Schema, info: DatasetInfo, features: Mapping[str, FeatureConfig], numbers: Collection[str]
+) -> None:
     """Raises UserError if a file lacks a column that is read, has it in another type than the dataset says, or if a
-    feature cannot read it. Further columns do no harm.
+    feature, or what reads the column as `numbers`, cannot. Further columns do no harm.
     """
     for name, expected in _BUILT_IN_TYPES.items():
         _check_type_of(file, schema, name, expected)
     for name, feature in features.items():
         if name in info.columns:
             declared = info.columns[name]
-            _check_type_of(file, schema, name, f"{'list of ' * (declared.kind == 'event')}{declared.type}")
+            _check_type_of(file, schema, name, _type_of(declared))
         elif name != "user_id" or name not in schema.names:
             raise UserError(
                 f"data.features.{name}: {file} has no such column; choose one of {['user_id', *info.columns]}, "
@@ -76,6 +78,24 @@ def check_columns(file: str, schema: pa.Schema, info: DatasetInfo, features: Map
             )
         _check_role(name, feature, schema.field(name).type)
         _check_kind(name, feature, schema.field(name).type)
+    events = [name for name, column in info.columns.items() if column.kind == "event"]
+    for name in numbers:
+        if name not in events:
+            raise UserError(
+                f"objective.regressions.{name}: the dataset has no such column of events; choose one of {events}, or "
+                "prepare the dataset with it"
+            )
+        _check_type_of(file, schema, name, _type_of(info.columns[name]))
+        value = schema.field(name).type.value_type
+        if not (pa.types.is_integer(value) or pa.types.is_floating(value) or pa.types.is_boolean(value)):
+            raise UserError(
+                f"objective.regressions.{name} predicts numbers, but the column holds {value}; remove it, or prepare "
+                "the dataset with numbers in this column"
+            )
+
+
+def _type_of(column: Column) -> str:
+    return f"{'list of ' * (column.kind == 'event')}{column.type}"
 
 
 _BUILT_IN_TYPES = {

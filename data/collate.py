@@ -20,10 +20,11 @@ from .batch import Batch
 from .config import FeatureConfig
 from .errors import UserError
 from .faults import Fault, SkippedSample
+from .features import numbers_of
 from .hashing import keys
 from .memory import Memory
 from .order import Samples, Step
-from .reader import Histories
+from .reader import Histories, number_key
 from .samples import Candidates, Integers, RankingSampler, Sampler, Split
 from .stochastic_length import Booleans, Events, StochasticLength
 
@@ -45,6 +46,8 @@ class Collator:
     """First row of each file, and the number of all rows."""
     seed: int
     memory: Memory
+    numbers: tuple[str, ...] = ()
+    """Columns whose values at the targets are labels too; ranking only."""
 
     def __post_init__(self) -> None:
         for name in {"item", "positive", "candidate"}.intersection(self.features):
@@ -67,6 +70,7 @@ class Collator:
             actions=_tensor(read.events["actions"]),
             features={k: _tensor(v) for k, v in self._feature_ids(read, hashed=False).items()},
             labels=_tensor(read.labels),
+            numbers={name: torch.from_numpy(numbers_of(bits)) for name, bits in read.numbers.items()},
             users=_tensor(np.repeat(samples.rows, read.labels_per_sample)),
             num_labels=num_labels,
             epoch=step.epoch,
@@ -103,7 +107,7 @@ class Collator:
         slices, is_ranking = samples.slices, isinstance(self.sampler, RankingSampler)
         num_targets = self.sampler.num_targets(slices)
         lengths = slices.target_begin - slices.history_begin + num_targets
-        gathered = _Gathered(samples, histories, lengths, self.features, self.memory)
+        gathered = _Gathered(samples, histories, lengths, self.features, self.numbers, self.memory)
         times = gathered.column("timestamps")
         is_read = _is_earlier(times, lengths, num_targets) if is_ranking else np.ones(len(times), bool)
         if self.stochastic_length is not None:
@@ -114,7 +118,7 @@ class Collator:
             times = times[is_read]
         events = {name: times if name == "timestamps" else gathered.column(name) for name in gathered.columns}
         if is_ranking:
-            return _read_ranking(gathered, events, num_targets, self.features)
+            return _read_ranking(gathered, events, num_targets, self.features, self.numbers)
         return _read_next_item(gathered, events, self.split)
 
     def _leave_out(
@@ -206,6 +210,8 @@ class _Read:
     query_timestamps: Integers
     labels: Integers
     labels_per_sample: Integers
+    numbers: dict[str, Integers]
+    """[M] each, by column, in bits."""
 
 
 class _Gathered:
@@ -217,11 +223,13 @@ class _Gathered:
         histories: Mapping[int, Histories],
         lengths: Integers,
         features: Mapping[str, FeatureConfig],
+        numbers: tuple[str, ...],
         memory: Memory,
     ) -> None:
         """`lengths` [S] events of each sample, from its history_begin on; samples stand in the order of groups."""
         of_users = [name for name, feature in features.items() if feature.role == "user"]
         self.columns = ["items", "timestamps", "actions", *(name for name in features if name not in of_users)]
+        self.columns += map(number_key, numbers)
         self.lengths, self._memory = lengths, memory
         self._is_long = bool(lengths.sum() >= _LONG * len(lengths) > 0)
         self._parts: list[tuple[Histories, Integers, Integers]] = []
@@ -277,7 +285,11 @@ def _is_earlier(times: Integers, lengths: Integers, num_targets: Integers) -> Bo
 
 
 def _read_ranking(
-    gathered: _Gathered, events: dict[str, Integers], num_targets: Integers, features: Mapping[str, FeatureConfig]
+    gathered: _Gathered,
+    events: dict[str, Integers],
+    num_targets: Integers,
+    features: Mapping[str, FeatureConfig],
+    numbers: tuple[str, ...],
 ) -> _Read:
     """The targets without what came of them, and before them the events of the history."""
     targets = _ranges(np.cumsum(gathered.lengths) - num_targets, num_targets)
@@ -292,6 +304,7 @@ def _read_ranking(
         query_timestamps=events["timestamps"],
         labels=labels,
         labels_per_sample=num_targets,
+        numbers={name: events[number_key(name)][targets] for name in numbers},
     )
 
 
@@ -306,6 +319,7 @@ def _read_next_item(gathered: _Gathered, events: dict[str, Integers], split: Spl
         query_timestamps=gathered.column("timestamps", shift=1),
         labels=successors if split == "train" else successors[np.cumsum(lengths) - 1],
         labels_per_sample=lengths if split == "train" else np.ones_like(lengths),
+        numbers={},
     )
 
 

@@ -20,6 +20,17 @@ def encode(feature: FeatureConfig, values: npt.NDArray[Any], is_valid: npt.NDArr
     return np.where(is_valid, _RULES[feature.kind](feature, values), 0)
 
 
+def number_bits(values: npt.NDArray[Any], is_valid: npt.NDArray[np.bool_]) -> Integers:
+    """Values as float32, NaN where one is missing, each in the low bits of an integer: columns are integers here."""
+    numbers = np.where(is_valid, values, np.nan).astype(np.float32)
+    return numbers.view(np.int32).astype(np.int64)
+
+
+def numbers_of(bits: Integers) -> npt.NDArray[np.float32]:
+    """The float32 values that `number_bits` put into integers."""
+    return bits.astype(np.int32).view(np.float32)
+
+
 def _category(feature: FeatureConfig, values: npt.NDArray[Any]) -> Integers:
     is_known = (values >= 0) & (values < feature.num_values)
     ids = np.zeros(len(values), np.int64)

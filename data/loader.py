@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -59,6 +59,7 @@ class Loader:
         pin_memory: bool = False,
         candidates: Candidates | None = None,
         cost_model: CostModel | None = None,
+        numbers: Sequence[str] = (),
     ) -> None:
         self._rank, self._world_size = rank, world_size
         self._epochs, self._state = epochs, state
@@ -67,7 +68,12 @@ class Loader:
         self._running: weakref.WeakSet[Prefetcher[Batch]] = weakref.WeakSet()
         storage, memory = Storage(config.path), Memory()
         self._reader = Reader(
-            load_dataset(config.path), config.features, storage=storage, memory=memory, bad_data=config.bad_data
+            load_dataset(config.path),
+            config.features,
+            storage=storage,
+            memory=memory,
+            bad_data=config.bad_data,
+            numbers=numbers,
         )
         stochastic_length = _stochastic_length(config, sampler) if split == "train" else None
         self._order = _order(config, sampler, split, self._reader, cost_model, stochastic_length)
@@ -80,6 +86,7 @@ class Loader:
             file_begin=self._reader.file_begin,
             seed=config.seed,
             memory=memory,
+            numbers=tuple(numbers),
         )
         self._check(config.path, split)
 

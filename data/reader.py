@@ -6,7 +6,7 @@ Legend: R = rows of a row group, E = events of all these rows, G = row groups of
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +21,7 @@ from .checks import check_columns, first_faults, misfits
 from .config import FeatureConfig
 from .errors import UserError
 from .faults import Fault
-from .features import encode
+from .features import encode, number_bits
 from .memory import Memory
 from .parquet import Damaged, ParquetFile
 from .samples import Integers, RowCounts, Sampler, Split
@@ -40,6 +40,11 @@ _PORTION = 1024
 _BROKEN = -1
 
 
+def number_key(column: str) -> str:
+    """Where the bits of a column that is read as numbers stand, beside the ids that it may have as a feature."""
+    return f"number of {column}"
+
+
 @dataclass(frozen=True)
 class Histories:
     """The rows of a row group, and their events one row after the other."""
@@ -49,7 +54,8 @@ class Histories:
     offsets: Integers
     """[R+1], where each row's events begin and end."""
     events: dict[str, Integers]
-    """[E] each: items, timestamps, actions, and the ids of every `event` and `outcome` feature."""
+    """[E] each: items, timestamps, actions, the ids of every `event` and `outcome` feature, and under `number_key` the
+    bits of every number that is read."""
     users: dict[str, Integers]
     """[R] each: the ids of every `user` feature."""
     faults: dict[int, Fault]
@@ -71,8 +77,10 @@ class Reader:
         storage: Storage,
         memory: Memory,
         bad_data: Literal["error", "skip"] = "error",
+        numbers: Sequence[str] = (),
     ) -> None:
         self._info, self._features, self._storage, self._memory = info, dict(features), storage, memory
+        self._numbers = tuple(numbers)
         self._fails = bad_data == "error"
         self._open = lru_cache(maxsize=OPEN_FILES)(self._open_file)
         self.faults: list[Fault] = []
@@ -117,7 +125,7 @@ class Reader:
     def read(self, group: int) -> Histories:
         """The rows of a row group."""
         first, num_rows = int(self.group_begin[group]), self._num_rows(group)
-        columns = [*EVENT_COLUMNS, *(name for name in self._features if name not in EVENT_COLUMNS), "num_events"]
+        columns = list(dict.fromkeys([*EVENT_COLUMNS, *self._features, *self._numbers, "num_events"]))
         try:
             table = self._file_of(group).read(int(self._group[group]), columns)
         except Damaged as damaged:
@@ -158,6 +166,8 @@ class Reader:
             column = _whole(table[name])
             ids = encode(feature, *_numbers(column.flatten() if name in lists else column))
             (users if feature.role == "user" else events)[name] = self._memory.copy(ids)
+        for name in self._numbers:
+            events[number_key(name)] = self._memory.copy(number_bits(*_numbers(_whole(table[name]).flatten())))
         return events, users
 
     def _counts(self, group: int) -> tuple[RowCounts, list[Fault]]:
@@ -198,7 +208,7 @@ class Reader:
             self._refuse(fault)
             return fault
         name, metadata = self._storage.name_of(declared.path), opened.metadata
-        check_columns(name, opened.schema, self._info, self._features)
+        check_columns(name, opened.schema, self._info, self._features, self._numbers)
         if metadata.num_rows != declared.rows:
             raise UserError(
                 f"{name} has {metadata.num_rows} rows, dataset.json says {declared.rows}; prepare the dataset again"

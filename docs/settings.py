@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from ultrarec.data.config import FeatureConfig, StochasticLengthConfig
 from ultrarec.embeddings.config import EmbeddingOptimizerConfig
-from ultrarec.model.config import ChannelConfig, TailConfig
+from ultrarec.model.config import ChannelConfig, RegressionConfig, TailConfig
 from ultrarec.trainer.config import Config
 
 TARGET = Path(__file__).with_suffix(".md")
@@ -25,6 +25,7 @@ NESTED = {
     "data": {"features.<name>": FeatureConfig, "stochastic_length": StochasticLengthConfig},
     "embeddings": {"optimizer": EmbeddingOptimizerConfig},
     "model": {"tail": TailConfig, "channels.<name>": ChannelConfig},
+    "objective": {"regressions.<column>": RegressionConfig},
 }
 
 

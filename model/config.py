@@ -173,6 +173,17 @@ def _check_window(place: str, layers: TailConfig | ModelConfig) -> None:
             )
 
 
+class RegressionConfig(BaseModel):
+    """One task of ranking that predicts a number: the value of an event column at a target, with squared error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    scale: Literal["log", "linear"] = "log"
+    """What is predicted of a value v: log(1 + v), for times and counts, which span orders of magnitude, or v itself."""
+    weight: float = Field(default=1.0, ge=0)
+    """Weight of the task's squared error beside the other tasks."""
+
+
 class ObjectiveConfig(BaseModel):
     """The `objective` section."""
 
@@ -183,6 +194,9 @@ class ObjectiveConfig(BaseModel):
     """Ranking: names of the dataset's actions to predict, each a binary task."""
     task_weights: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Ranking: weight of each task's loss; all 1 when empty."""
+    regressions: dict[str, RegressionConfig] = {}
+    """Ranking: further tasks, each named by the event column whose value it predicts. A missing value, and on a
+    logarithmic scale a negative one, is no label."""
     head_hidden: int = Field(default=128, gt=0, le=MOST_COLUMNS)
     """Ranking: hidden width of the prediction head."""
     num_experts: int = Field(default=0, ge=0, le=1024)
@@ -204,14 +218,18 @@ class ObjectiveConfig(BaseModel):
 
     @model_validator(mode="after")
     def _tasks_fit_kind(self) -> ObjectiveConfig:
-        if self.kind == "ranking" and not self.tasks:
+        if self.kind == "ranking" and not (self.tasks or self.regressions):
             raise ValueError(
-                "objective.tasks is empty: ranking needs at least one action to predict, e.g. tasks = ['is_click']"
+                "objective.tasks is empty: ranking needs at least one action to predict, e.g. tasks = ['is_click'], "
+                "or one of objective.regressions"
             )
-        if self.kind == "next_item" and self.tasks:
-            raise ValueError(
-                f"objective.tasks={list(self.tasks)} belongs to kind='ranking'; remove it for kind='next_item'"
-            )
+        for name, tasks in (("tasks", self.tasks), ("regressions", self.regressions)):
+            if self.kind == "next_item" and tasks:
+                raise ValueError(
+                    f"objective.{name}={list(tasks)} belongs to kind='ranking'; remove it for kind='next_item'"
+                )
+        if both := sorted(set(self.tasks) & set(self.regressions)):
+            raise ValueError(f"objective.tasks and objective.regressions both name {both}; a task is one or the other")
         if self.num_in_batch and self.loss != "sampled_softmax":
             raise ValueError(
                 f"objective.num_in_batch={self.num_in_batch} adds negatives to loss='sampled_softmax', and "

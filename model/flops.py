@@ -264,7 +264,7 @@ def _encoders(model: ModelConfig, sample: Sample, inputs: Inputs) -> Flops:
 
 def _ranking_head(model: ModelConfig, objective: ObjectiveConfig, sample: Sample) -> Flops:
     item = matmul(sample.targets, objective.head_hidden, 2 * model.width)
-    num_tasks, num_experts = len(objective.tasks), objective.num_experts
+    num_tasks, num_experts = len(objective.tasks) + len(objective.regressions), objective.num_experts
     if not num_experts:
         return item + matmul(sample.targets, objective.head_hidden, model.width + num_tasks)
     experts = matmul(sample.targets, model.width, num_experts * (objective.head_hidden + num_tasks))

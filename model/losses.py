@@ -25,10 +25,22 @@ def normalize(x: Tensor) -> Tensor:
     return F.normalize(full_precision(x), dim=-1, eps=NORMALIZE_EPS)
 
 
-def multi_task_bce(logits_MK: Tensor, labels_MK: Tensor, weights_K: Tensor) -> Tensor:
-    """The sum over predictions of the mean over tasks of weight * binary cross entropy (scalar)."""
-    losses_MK = F.binary_cross_entropy_with_logits(logits_MK, labels_MK, reduction="none")
-    return (losses_MK * weights_K).mean(dim=1).sum()
+def multi_task_loss(predictions_MK: Tensor, labels_MK: Tensor, weights_K: Tensor, *, num_binary: int) -> Tensor:
+    """The sum over predictions of the mean over tasks of weight * loss (scalar).
+
+    The loss of the first `num_binary` tasks is the binary cross entropy of a logit, that of the others the squared
+    error, 0 where the label is NaN.
+    """
+    return (task_losses(predictions_MK, labels_MK, num_binary=num_binary) * weights_K).mean(dim=1).sum()
+
+
+def task_losses(predictions_MK: Tensor, labels_MK: Tensor, *, num_binary: int) -> Tensor:
+    """What `multi_task_loss` weighs, [M, K]."""
+    logits, numbers = predictions_MK[:, :num_binary], predictions_MK[:, num_binary:]
+    entropy = F.binary_cross_entropy_with_logits(logits, labels_MK[:, :num_binary], reduction="none")
+    # Before the difference: the gradient of a NaN that is masked afterwards is a NaN.
+    expected = torch.where(labels_MK[:, num_binary:].isnan(), numbers.detach(), labels_MK[:, num_binary:])
+    return torch.cat([entropy, (numbers - expected).square()], dim=1)
 
 
 def full_softmax(users_MD: Tensor, catalogue_CD: Tensor, labels_M: Tensor, *, temperature: float) -> Tensor:

@@ -8,7 +8,7 @@ ranks or tables: embeddings arrive looked up, and the loss is the sum over this 
 # T = events of all samples, B = samples, M = labelled predictions, C = candidates, E = model width,
 # D = embedding width, K = tasks
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +20,14 @@ from .config import ModelConfig, ObjectiveConfig
 from .encoder import SequenceEncoder
 from .heads import RankingHead, UserVectorHead
 from .inputs import Features, features_of
-from .losses import full_softmax, multi_task_bce, normalize, per_sample_softmax, sampled_bce, sampled_softmax
+from .losses import full_softmax, multi_task_loss, normalize, per_sample_softmax, sampled_bce, sampled_softmax
 
 Embeddings = dict[str, Tensor]
+SCALES: dict[str, Callable[[Tensor], Tensor]] = {
+    "log": lambda v: torch.where(v < 0, torch.nan, v).log1p(),
+    "linear": lambda v: v,
+}
+"""By `objective.regressions.NAME.scale`: from a column's values to what is predicted; NaN is no label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +35,10 @@ class RankingOutput:
     """What a ranking step predicted; rows are the batch's targets, in order."""
 
     logits: Tensor
-    """[M, K] float32, one column per task in the order of `objective.tasks`."""
+    """[M, K] float32, one column per task: logits in the order of `objective.tasks`, then, in the order of
+    `objective.regressions`, numbers on the scale of each."""
     labels: Tensor
-    """[M, K] float32, 1.0 where the action was taken."""
+    """[M, K] float32, 1.0 where the action was taken; of regressions the value on its scale, NaN without one."""
     users: Tensor
     """[M] int64, the user of each target."""
 
@@ -50,34 +56,43 @@ class NextItemOutput:
 
 
 class RankingModel(nn.Module):
-    """Logits of several binary tasks for every target event."""
+    """Predictions of several tasks, binary ones and regressions, for every target event."""
 
     task_bits: Tensor
     task_weights: Tensor
 
     def __init__(
-        self, encoder: SequenceEncoder, head: RankingHead, *, task_bits: list[int], task_weights: Sequence[float]
+        self, encoder: SequenceEncoder, head: RankingHead, objective: ObjectiveConfig, *, task_bits: list[int]
     ) -> None:
-        """`task_bits` are the places of the tasks' actions in the bitmask, `task_weights` one factor each."""
+        """`task_bits` are the places of the binary tasks' actions in the bitmask."""
         super().__init__()
         self.encoder = encoder
         self.head = head
+        self.regressions = objective.regressions
+        task_weights = [*(objective.task_weights or [1.0] * len(task_bits))]
+        task_weights += [task.weight for task in self.regressions.values()]
         # Both follow from the configuration, so a checkpoint need not hold them.
-        self.register_buffer("task_bits", torch.tensor(task_bits), persistent=False)
+        self.register_buffer("task_bits", torch.tensor(task_bits, dtype=torch.int64), persistent=False)
         self.register_buffer("task_weights", torch.tensor(task_weights), persistent=False)
 
     def forward(self, batch: Batch, embeddings: Embeddings) -> tuple[Tensor, RankingOutput]:
         """The loss, summed over this rank's targets, and the predictions it was made of.
 
         `embeddings`: "item" [T, D], and for each `hash` feature [T, D] or, of users, [B, D].
-        The loss is the mean over tasks of weight * BCE; without targets it is 0, with a graph through every parameter.
+        The loss is that of `multi_task_loss`; without targets it is 0, with a graph through every parameter.
         """
         encoded = self.encoder(batch, embeddings)
         targets_M = encoded.layout.target_events(batch.labels.numel())
         logits_MK = self.head(encoded.tokens[encoded.layout.last_rows(targets_M)], encoded.content[targets_M])
-        labels_MK = (batch.labels[:, None] >> self.task_bits & 1).to(logits_MK.dtype)
-        loss = multi_task_bce(logits_MK, labels_MK, self.task_weights)
+        labels_MK = self.labels(batch).to(logits_MK.dtype)
+        loss = multi_task_loss(logits_MK, labels_MK, self.task_weights, num_binary=len(self.task_bits))
         return loss, RankingOutput(logits=logits_MK, labels=labels_MK, users=batch.users)
+
+    def labels(self, batch: Batch) -> Tensor:
+        """What the tasks predict of every target, [M, K], as `RankingOutput` says."""
+        binary = batch.labels[:, None] >> self.task_bits & 1
+        numbers = [SCALES[task.scale](batch.numbers[name]) for name, task in self.regressions.items()]
+        return torch.cat([binary, *(number[:, None] for number in numbers)], dim=1)
 
 
 class NextItemModel(nn.Module):
@@ -225,12 +240,12 @@ def build_model(
         RankingHead(
             width=model.width,
             hidden=objective.head_hidden,
-            num_tasks=len(objective.tasks),
+            num_tasks=len(objective.tasks) + len(objective.regressions),
             num_experts=objective.num_experts,
             norm_affine=model.norm_affine,
         ),
+        objective,
         task_bits=[actions.index(task) for task in objective.tasks],
-        task_weights=objective.task_weights or [1.0] * len(objective.tasks),
     )
 
 

@@ -64,6 +64,7 @@ def build_loader(
         pin_memory=world.device.type == "cuda",
         candidates=candidates_of(config.objective, info.num_items),
         cost_model=cost_model_of(config, num_items=info.num_items, num_actions=len(info.roles.actions)),
+        numbers=tuple(config.objective.regressions),
     )
 
 

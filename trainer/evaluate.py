@@ -20,7 +20,7 @@ from ..data.schema import DatasetInfo
 from ..model.recommender import NextItemModel, NextItemOutput, RankingOutput
 from .build import Recommender, build_loader
 from .config import Config
-from .metrics import next_item_metrics, ranking_metrics
+from .metrics import next_item_metrics, ranking_metrics, regression_metrics
 from .parallel import World, gather_rows, sum_over_ranks
 
 CATALOGUE_CHUNK = 16_384
@@ -80,7 +80,12 @@ class Evaluator:
             for name in ("logits", "labels", "users")
         )
         mean_loss = float(sum_over_ranks(loss)) / len(labels)
-        return {"loss": mean_loss, **ranking_metrics(logits, labels, users, self.config.objective.tasks)}
+        objective, binary = self.config.objective, len(self.config.objective.tasks)
+        return {
+            "loss": mean_loss,
+            **ranking_metrics(logits[:, :binary], labels[:, :binary], users, objective.tasks),
+            **regression_metrics(logits[:, binary:], labels[:, binary:], tuple(objective.regressions)),
+        }
 
     def _evaluate_next_item(self, split: Split) -> dict[str, float]:
         users, targets, seen = [], [], []

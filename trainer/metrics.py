@@ -74,6 +74,17 @@ def ranking_metrics(logits: Tensor, labels: Tensor, users: Tensor, tasks: tuple[
     return values
 
 
+def regression_metrics(predictions: Tensor, labels: Tensor, tasks: tuple[str, ...]) -> dict[str, float]:
+    """`mae/<task>` and `mse/<task>` for each column of [M, tasks]: mean absolute and squared error on the task's scale.
+
+    Over the predictions that have a label, which is not NaN; NaN without any.
+    """
+    errors = predictions.double() - labels.double()
+    mae, mse = errors.abs().nanmean(0).tolist(), errors.square().nanmean(0).tolist()
+    by_task = zip(tasks, mae, mse, strict=True)
+    return {name: value for task, a, s in by_task for name, value in ((f"mae/{task}", a), (f"mse/{task}", s))}
+
+
 def next_item_metrics(ranks: Tensor) -> dict[str, float]:
     """`hr@K`, `ndcg@K` and `mrr` of the true items' ranks, [M] from 1."""
     ranks = ranks.double()

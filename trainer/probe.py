@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.batch import Batch
+from ..model.losses import task_losses
 from ..model.recommender import NextItemModel, RankingModel, RankingOutput
 from .build import Recommender
 from .parallel import gather_objects
@@ -98,13 +98,15 @@ def _losses(model: nn.Module, batch: Batch, embeddings: dict[str, Tensor], outpu
     """[M] the loss of each label, whose sum is the model's loss."""
     if isinstance(model, RankingModel):
         assert isinstance(output, RankingOutput)
-        losses_MK = F.binary_cross_entropy_with_logits(output.logits, output.labels, reduction="none")
+        losses_MK = task_losses(output.logits, output.labels, num_binary=len(model.task_bits))
         return (losses_MK * model.task_weights).mean(1).cpu()
     assert isinstance(model, NextItemModel)
     losses = []
-    for place in range(batch.labels.numel()):  # the loss is a sum: of one label, it is that label's
+    samples = torch.arange(len(batch.offsets), device=batch.offsets.device)
+    # The loss is a sum: of one label, it is that label's.
+    for place, sample in enumerate(_sample_of_label(batch).tolist()):
         row = slice(place, place + 1)
-        one = dataclasses.replace(batch, labels=batch.labels[row])
+        one = dataclasses.replace(batch, labels=batch.labels[row], offsets=(samples > sample).long())
         own = {key: vectors[row] if key == "positive" else vectors for key, vectors in embeddings.items()}
         losses.append(model.loss(output.user_vectors[row], one, own))
     return torch.stack(losses).cpu() if losses else torch.zeros(0)

@@ -15,7 +15,7 @@ Validations: TypeAlias = Mapping[int, Mapping[str, float | None]]
 """By step, metrics of the validation split."""
 
 DEFAULT_METRIC = "ndcg@10"
-LOWER_IS_BETTER = ("loss", "ne/")
+LOWER_IS_BETTER = ("loss", "ne/", "mae/", "mse/")
 ASIDE = "damaged-"
 """What the name of a damaged checkpoint's folder begins with, once its run has continued from an older one."""
 DAMAGED = "manifest.damaged.json"

@@ -59,8 +59,7 @@ def assemble(
         owns: the checkpoints are this run's, which sets damaged ones aside; else they are only read.
     """
     info = load_dataset(config)
-    recommender = build_recommender(config, info)
-    sharded = shard(recommender, config, world)
+    sharded = shard(build_recommender(config, info), config, world)
     trainable = _trainable(config, sharded)
     newest = _take_up(trainable, complete, config, world, owns=owns)
     state = trainable.state
@@ -81,8 +80,6 @@ def assemble(
         say=reporter.say,
     )
     timer = Timer(world.device)
-    timer.watch_module(recommender.lookup, "exchange")
-    pipeline = Unpipelined if recommender.lookup.collection is None else GuardedPipeline
     reporter.say(_greeting(out, sharded.plan, newest, world, total_steps, is_over=state.is_over(config.trainer)))
     try:
         yield Run(
@@ -90,15 +87,7 @@ def assemble(
             world=world,
             out=out,
             trainable=trainable,
-            pipeline=pipeline(
-                sharded.parallel,
-                recommender.cut,
-                trainable.optimizer.dense,
-                config=config.trainer,
-                world=world,
-                timer=timer,
-                request=request,
-            ),
+            pipeline=_pipeline(sharded, trainable, config, world=world, timer=timer, request=request),
             loader=loader,
             evaluator=Evaluator(config, info, world, sharded.parallel),
             total_steps=total_steps,
@@ -120,6 +109,24 @@ def assemble(
         skips.journal.close()
         if audit is not None:
             audit.journal.close()
+
+
+def _pipeline(
+    sharded: Sharded, trainable: Trainable, config: Config, *, world: World, timer: Timer, request: StopRequest
+) -> GuardedPipeline:
+    """What trains batches, with tables to exchange ids of or without."""
+    recommender = sharded.recommender
+    timer.watch_module(recommender.lookup, "exchange")
+    kind = Unpipelined if recommender.lookup.collection is None else GuardedPipeline
+    return kind(
+        sharded.parallel,
+        recommender.cut,
+        trainable.optimizer.dense,
+        config=config.trainer,
+        world=world,
+        timer=timer,
+        request=request,
+    )
 
 
 def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool) -> list[Location]:

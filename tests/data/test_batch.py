@@ -25,6 +25,7 @@ def splitmix64(number):
     return bits ^ bits >> 31
 
 
+CPU = torch.device("cpu")
 USER_IDS = {user: 1 + splitmix64(user) % 10**6 for user in (7, 8)}
 
 
@@ -43,6 +44,8 @@ def path(tmp_path_factory):
             "num_validation": pa.array([1, 0], int32),
             "tab": [[0, 1, 2, 3, 4, 5], [6, 7]],
             "liked": [[5, 4, 3, 2, 1, 0], [8, 7]],
+            "speed": [[0.5, -1.5, 2.5, 0.0, 9.0, 9.0], [None, 1048576.0]],
+            "name": [["a"] * 6, ["b"] * 2],
             "city": [3, None],
             "candidate": [1, 2],
         }
@@ -153,6 +156,38 @@ def test_the_ids_of_a_step_are_one_keyed_jagged_tensor(path):
     users = [USER_IDS[[7, 8][row]] for row in rows]
     assert batch.ids.values().tolist() == [*items, *users, *positives, *negatives]
     assert batch.ids.weights_or_none() is None
+
+
+def test_numbers_are_the_values_at_the_targets_and_nan_where_there_is_none(path):
+    config = DataConfig(path=path, batch_rows=8, max_history=3)
+    found = {}
+    for rank in range(3):
+        loader = Loader(
+            config, RankingSampler(3, 2), split="train", rank=rank, world_size=3, epochs=1, numbers=["liked", "speed"]
+        )
+        batch = only(list(loader)).to(CPU)
+        assert {name: values.dtype for name, values in batch.numbers.items()} == dict.fromkeys(
+            ("liked", "speed"), torch.float32
+        )
+        pairs = zip(batch.numbers["liked"].tolist(), batch.numbers["speed"].tolist(), strict=True)
+        found |= dict(pairs)
+    missing = found.pop(8.0)
+    assert found == {5.0: 0.5, 4.0: -1.5, 3.0: 2.5, 2.0: 0.0, 7.0: 1048576.0}
+    assert missing != missing
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        ("city", "objective.regressions.city: the dataset has no such column of events; choose one of ['tab',"),
+        ("name", "objective.regressions.name predicts numbers, but the column holds string"),
+    ],
+)
+def test_a_column_that_holds_no_number_per_event_cannot_be_predicted(path, column, expected):
+    config = DataConfig(path=path, batch_rows=8, max_history=3)
+    with pytest.raises(UserError) as caught:
+        Loader(config, RankingSampler(3, 2), split="train", rank=0, world_size=1, epochs=1, numbers=[column])
+    assert expected in str(caught.value)
 
 
 def test_candidates_of_samples_lie_in_their_bags_whatever_rank_reads_them(path):

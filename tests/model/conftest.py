@@ -73,8 +73,13 @@ def _random_sample(length: int, num_targets: int, seed: int, *, next_item: bool 
     )
 
 
-def _collate(samples: list[Sample], candidates: Tensor | None = None, *, sampled: bool = False) -> Batch:
-    """The batch of these samples; the ids of candidates and positives stand last, as the loader writes them."""
+def _collate(
+    samples: list[Sample], candidates: Tensor | None = None, *, sampled: bool = False, per_sample: bool = False
+) -> Batch:
+    """The batch of these samples; the ids of candidates and positives stand last, as the loader writes them.
+
+    With `per_sample` every sample has the candidates.
+    """
     lengths = torch.tensor([sample.length for sample in samples])
     bags = {
         "item": (torch.cat([sample.items for sample in samples]), lengths),
@@ -87,6 +92,8 @@ def _collate(samples: list[Sample], candidates: Tensor | None = None, *, sampled
         bags["positive"] = (labels, labels_per_sample)
     if candidates is not None:
         bags["candidate"] = (candidates, torch.tensor([len(candidates)] + [0] * (len(samples) - 1)))
+        if per_sample:
+            bags["candidate"] = (candidates.repeat(len(samples)), torch.full_like(lengths, len(candidates)))
     return Batch(
         ids=KeyedJaggedTensor.from_lengths_sync(
             list(bags), torch.cat([ids for ids, _ in bags.values()]), torch.cat([count for _, count in bags.values()])
@@ -158,3 +165,18 @@ def tables() -> Callable[..., Tables]:
         return Tables(item=rows(NUM_ITEMS + 1), author=rows(NUM_HASHED + 1), user_id=rows(NUM_HASHED + 1))
 
     return make
+
+
+# History alone, a chunk of targets, a target without history, a user without anything, a long history.
+SHAPES = [(4, 0), (6, 3), (1, 1), (0, 0), (13, 1), (3, 3)]
+
+
+@pytest.fixture
+def samples(random_sample):
+    return [random_sample(length, targets, seed) for seed, (length, targets) in enumerate(SHAPES)]
+
+
+@pytest.fixture
+def walks(random_sample):
+    """Samples of next_item training."""
+    return [random_sample(length, 0, seed, next_item=True) for seed, length in enumerate([4, 12, 1, 0, 7])]

@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ultrarec.kernels import AttentionMask
 from ultrarec.model.config import ModelConfig
@@ -255,6 +256,31 @@ def test_the_tail_reads_contextual_tokens_the_newest_events_and_targets_and_the_
         torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+class Operators(TorchDispatchMode):
+    """Notes the name of every operator that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **kwargs or {})
+
+
+def test_the_tail_parts_and_joins_tokens_by_the_operators_that_have_kernels():
+    config = ModelConfig(**RESEARCH, tail={"num_layers": 1, "num_events": 4})
+    limits = Limits(num_contextual=2, max_history=11, max_targets=3, context_sees_history=True)
+    stack, seqs = HSTUStack(config, limits), sequences([7, 2, 12], [2, 0, 1])
+    x = torch.randn(21, config.width, requires_grad=True)
+    with Operators() as forward:
+        out = stack(x, seqs)
+    assert {"ultrarec::jagged_split", "ultrarec::jagged_concat"} <= set(forward.names)
+    with Operators() as backward:
+        out.sum().backward()
+    assert {"ultrarec::jagged_split", "ultrarec::jagged_concat"} <= set(backward.names)
 
 
 def test_a_tail_longer_than_the_history_is_more_layers():

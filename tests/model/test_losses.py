@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ultrarec.model import losses
 from ultrarec.model.losses import (
     full_softmax,
-    multi_task_bce,
+    multi_task_loss,
     normalize,
     per_sample_softmax,
     sampled_bce,
@@ -204,17 +204,25 @@ def test_softmax_holds_no_matrix_of_positions_and_items(monkeypatch):
     assert max(rows) <= 4 * C
 
 
-def test_multi_task_bce_is_the_mean_over_tasks_of_the_weighted_definition():
-    logits = torch.tensor([[0.3, -2.0], [40.0, 1.0]], dtype=torch.float64)
-    targets = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    weights = [1.0, 0.2]
-    expected = 0.0
-    for row, target in zip(logits.tolist(), targets.tolist(), strict=True):
-        for logit, label, weight in zip(row, target, weights, strict=True):
-            p = 1 / (1 + math.exp(-logit))
-            expected -= weight / 2 * (math.log(p) if label else -logit + math.log(p))
-    got = multi_task_bce(logits, targets, torch.tensor(weights, dtype=torch.float64))
+def test_multi_task_loss_is_the_mean_over_tasks_of_the_weighted_definitions():
+    predictions = torch.tensor([[0.3, -2.0, 1.5], [40.0, 1.0, -0.5], [0.0, 0.0, 7.0]], dtype=torch.float64)
+    targets = torch.tensor([[1.0, 0.0, 0.25], [0.0, 1.0, 2.0], [1.0, 1.0, math.nan]], dtype=torch.float64)
+    weights = [1.0, 0.2, 3.0]
+    expected, gradient = 0.0, torch.zeros(3, 3, dtype=torch.float64)
+    for m, (row, target) in enumerate(zip(predictions.tolist(), targets.tolist(), strict=True)):
+        for k, (value, label, weight) in enumerate(zip(row, target, weights, strict=True)):
+            if k < 2:
+                p = 1 / (1 + math.exp(-value))
+                expected -= weight / 3 * (math.log(p) if label else -value + math.log(p))
+                gradient[m, k] = weight / 3 * (p - label)
+            elif not math.isnan(label):
+                expected += weight / 3 * (value - label) ** 2
+                gradient[m, k] = weight / 3 * 2 * (value - label)
+    predictions.requires_grad_()
+    got = multi_task_loss(predictions, targets, torch.tensor(weights, dtype=torch.float64), num_binary=2)
+    got.backward()
     assert got.item() == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(predictions.grad, gradient, rtol=1e-12, atol=1e-12)
 
 
 def test_normalize_divides_by_the_length_but_never_by_less_than_a_millionth():

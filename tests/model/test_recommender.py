@@ -3,126 +3,26 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from model_variants import (
+    BY_NAME,
+    EVERY_BACKBONE,
+    MAX_HISTORY,
+    MAX_TARGETS,
+    MIXTURE,
+    NEXT_ITEM,
+    NEXT_ITEM_LOSSES,
+    PLAIN,
+    RANKING,
+    RESEARCH,
+    VARIANTS,
+    E,
+    causal,
+    make,
+    ranks_only,
+)
 
-from ultrarec.model.backbones import TARGET_ONLY
-from ultrarec.model.config import ModelConfig, ObjectiveConfig
+from ultrarec.model.config import ModelConfig, ObjectiveConfig, RegressionConfig
 from ultrarec.model.recommender import NextItemModel, RankingModel, build_model
-
-E = 8
-MAX_HISTORY, MAX_TARGETS = 12, 3
-RESEARCH = {
-    "width": E,
-    "num_layers": 2,
-    "num_heads": 2,
-    "qk_dim": 3,
-    "value_dim": 4,
-    "relative_bias": "position_time",
-    "position_encoding": "from_start",
-}
-INDUSTRIAL = {
-    **RESEARCH,
-    "relative_bias": "none",
-    "activation": "u",
-    "gating": "concat",
-    "norm_affine": True,
-    "projection_bias": True,
-    "attention_alpha": "rsqrt",
-    "position_encoding": "from_end",
-    "time_encoding": "sqrt",
-    "token_hidden": 7,
-}
-RANKING = ObjectiveConfig(kind="ranking", tasks=("long_view", "is_click"), task_weights=(1.0, 0.5), head_hidden=5)
-NEXT_ITEM = ObjectiveConfig(kind="next_item", temperature=0.1)
-VARIANTS = pytest.mark.parametrize("settings", [RESEARCH, INDUSTRIAL], ids=["research", "industrial"])
-PLAIN = {"width": E, "num_layers": 2, "num_heads": 2, "position_encoding": "from_start"}
-ULTRA = {
-    **INDUSTRIAL,
-    "window": 2,
-    "full_tail": 3,
-    "tail": {"num_layers": 1, "num_events": 4},
-    "target_action": "learned",
-}
-MIXTURE = {
-    "engaged": {"actions": ["is_click", "is_like"], "num_events": 4, "num_layers": 1},
-    "watched": {"actions": ["long_view"], "num_events": 8},
-}
-BY_NAME = {
-    "research": RESEARCH,
-    "industrial": INDUSTRIAL,
-    "ultra": ULTRA,
-    "softmax": {**RESEARCH, "attention": "softmax"},
-    "no gate, rope": {**PLAIN, "gating": "none", "rope": True},
-    "interleaved": {**RESEARCH, "tokens": "interleaved"},
-    "interleaved ultra": {**ULTRA, "tokens": "interleaved", "target_action": "zero"},
-    "sasrec": {**PLAIN, "backbone": "sasrec"},
-    "llama": {**PLAIN, "backbone": "llama"},
-    "fuxi_alpha": {**PLAIN, "backbone": "fuxi_alpha"},
-    "din": {**PLAIN, "backbone": "din", "num_layers": 1},
-    "stca": {**PLAIN, "backbone": "stca"},
-    "mixture": {**ULTRA, "channels": MIXTURE},
-}
-
-
-def ranks_only(settings):
-    """Whether the model encodes targets, and nothing where there are none."""
-    return settings.get("backbone") in TARGET_ONLY or "channels" in settings
-
-
-POSITIONS_SHARED_BY_TARGETS = (
-    "industrial",
-    "ultra",
-    "interleaved ultra",
-    "no gate, rope",
-    "sasrec",
-    "llama",
-    "din",
-    "stca",
-    "mixture",
-)
-EVERY_BACKBONE = pytest.mark.parametrize("settings", BY_NAME.values(), ids=BY_NAME.keys())
-CAUSAL_BACKBONES = pytest.mark.parametrize(
-    "settings",
-    [settings for settings in BY_NAME.values() if not ranks_only(settings)],
-    ids=[name for name, settings in BY_NAME.items() if not ranks_only(settings)],
-)
-
-# History alone, a chunk of targets, a target without history, a user without anything, a long history.
-SHAPES = [(4, 0), (6, 3), (1, 1), (0, 0), (13, 1), (3, 3)]
-
-
-def causal(settings):
-    """The same variant without what next_item refuses."""
-    return {**settings, "position_encoding": "from_start", "time_encoding": "none"}
-
-
-def make(settings, objective, features, actions, *, embedding_dim=E, seed=0, perturb=0.2):
-    """A float64 model with no parameter at a value that hides it (scales of 1, biases of 0)."""
-    torch.manual_seed(seed)
-    model = build_model(
-        ModelConfig(**settings),
-        objective,
-        features=features,
-        actions=actions,
-        embedding_dim=embedding_dim,
-        max_history=MAX_HISTORY,
-        max_targets=MAX_TARGETS if objective.kind == "ranking" else 0,
-        popularity=torch.full((31,), 1 / 30) if objective.num_in_batch else None,
-    ).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(perturb * torch.randn_like(parameter))
-    return model
-
-
-@pytest.fixture
-def samples(random_sample):
-    return [random_sample(length, targets, seed) for seed, (length, targets) in enumerate(SHAPES)]
-
-
-@pytest.fixture
-def walks(random_sample):
-    """Samples of next_item training."""
-    return [random_sample(length, 0, seed, next_item=True) for seed, length in enumerate([4, 12, 1, 0, 7])]
 
 
 class Formula:
@@ -279,6 +179,32 @@ def test_ranking_is_the_formula_with_its_gradients(settings, features, actions, 
     assert_same_gradients(loss, expected, all_inputs(model, rows))
 
 
+def test_numbers_are_predicted_beside_actions_and_a_missing_one_costs_nothing(
+    features, actions, samples, collate, tables
+):
+    regressions = {"watched": RegressionConfig(weight=0.25), "tab": RegressionConfig(scale="linear")}
+    objective = RANKING.model_copy(update={"regressions": regressions, "num_experts": 2})
+    model, rows = make(RESEARCH, objective, features, actions), tables(E)
+    batch = collate(samples)
+    number = len(batch.labels)
+    watched = torch.arange(number).float().exp()
+    watched[1], watched[3] = torch.nan, -1.0
+    batch.numbers = {"watched": watched, "tab": torch.arange(number) / 2}
+    loss, outputs = model(batch, rows.look_up(batch))
+    assert outputs.logits.shape == outputs.labels.shape == (number, 4)
+    expected = torch.zeros((), dtype=torch.float64)
+    for m, row in enumerate(outputs.logits):
+        for task, (bit, weight) in enumerate([(2, 1.0), (0, 0.5)]):
+            p = torch.sigmoid(row[task])
+            expected = expected - weight / 4 * (p if batch.labels[m] >> bit & 1 else 1 - p).log()
+        if m not in (1, 3):
+            expected = expected + 0.25 / 4 * (row[2] - (1 + watched[m].double()).log()) ** 2
+        expected = expected + (row[3] - m / 2) ** 2 / 4
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # labels are float32
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 @VARIANTS
 @pytest.mark.parametrize("sampled", [False, True], ids=["full", "sampled"])
 @pytest.mark.parametrize("embedding_dim", [E, 5], ids=["one width", "two widths"])
@@ -367,140 +293,15 @@ def test_next_item_evaluation_of_a_user_with_nothing_to_encode_is_a_zero_vector(
     torch.testing.assert_close(lengths, torch.tensor([float(walk.length > 0) for walk in walks], dtype=torch.float64))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{**RESEARCH, "relative_bias": "none"}, *(BY_NAME[name] for name in POSITIONS_SHARED_BY_TARGETS)],
-    ids=["research", *POSITIONS_SHARED_BY_TARGETS],
-)
-def test_a_target_scores_alone_as_it_does_beside_others(settings, features, actions, samples, collate, tables):
-    model, rows = make(settings, RANKING, features, actions), tables(E)
-    together = samples[1]
-    # The first target's time is the request's; another one alone would be another request.
-    together.timestamps[-2:] = together.query_timestamps[-2:] = together.timestamps[-3]
-    batch = collate([together])
-    _, expected = model(batch, rows.look_up(batch))
-    for target in range(3):
-        keep = torch.tensor([0, 1, 2, 3 + target])
-        fields = {
-            name: value[keep] for name, value in vars(together).items() if torch.is_tensor(value) and len(value) == 6
-        }
-        alone = dataclasses.replace(together, **fields, num_targets=1, labels=together.labels[target : target + 1])
-        batch = collate([alone])
-        for mode in (model.train, model.eval):
-            mode()
-            _, got = model(batch, rows.look_up(batch))
-            torch.testing.assert_close(got.logits[0], expected.logits[target], rtol=1e-12, atol=1e-12)
-
-
-@CAUSAL_BACKBONES
-def test_a_position_is_encoded_in_training_as_in_evaluation(settings, features, actions, walks, collate, tables):
-    model, rows = make(causal(settings), NEXT_ITEM, features, actions), tables(E)
-    batch = collate(walks, torch.arange(1, 31))
-    _, trained = model(batch, rows.look_up(batch))
-    model.eval()
-    batch = collate([dataclasses.replace(walk, labels=torch.tensor([5])) for walk in walks])
-    _, evaluated = model(batch, rows.look_up(batch))
-    lengths = torch.tensor([walk.length for walk in walks])
-    last = lengths.cumsum(0)[lengths > 0] - 1
-    torch.testing.assert_close(evaluated.user_vectors[lengths > 0], trained.user_vectors[last], rtol=1e-12, atol=1e-12)
-
-
-@EVERY_BACKBONE
-def test_nothing_of_a_target_reaches_another_prediction(settings, features, actions, samples, collate, tables):
-    model, rows = make(settings, RANKING, features, actions), tables(E)
-    batch = collate(samples)
-    _, before = model(batch, rows.look_up(batch))
-    # The last target of sample 1 is prediction 2 of all and event 9 of all.
-    assert samples[1].num_targets == 3
-    batch.ids.values()[9] += 1
-    batch.features["tab"][9] = (batch.features["tab"][9] + 1) % 6
-    batch.timestamps[9] += 10_000
-    batch.query_timestamps[9] += 10_000
-    _, after = model(batch, rows.look_up(batch))
-    same = torch.arange(len(before.logits)) != 2
-    assert torch.equal(after.logits[same], before.logits[same])
-    assert not torch.equal(after.logits[2], before.logits[2])
-
-
-@EVERY_BACKBONE
-def test_actions_outcomes_and_labels_of_targets_reach_no_logit(settings, features, actions, samples, collate, tables):
-    model, rows = make(settings, RANKING, features, actions), tables(E)
-    batch = collate(samples)
-    loss, before = model(batch, rows.look_up(batch))
-    is_target = torch.cat([torch.arange(s.length) >= s.length - s.num_targets for s in samples])
-    batch.actions[is_target] = 7
-    batch.features["play_time"][is_target] = 3
-    batch.labels[:] = 7 - batch.labels
-    other_loss, after = model(batch, rows.look_up(batch))
-    assert torch.equal(after.logits, before.logits)
-    assert other_loss != loss
-
-
-@CAUSAL_BACKBONES
-@pytest.mark.parametrize("with_context", [True, False])
-def test_no_position_sees_the_events_after_it(settings, with_context, features, actions, walks, collate, tables):
-    features = features if with_context else {}
-    model, rows = make(causal(settings), NEXT_ITEM, features, actions), tables(E)
-    batch = collate(walks, torch.arange(1, 31))
-    _, before = model(batch, rows.look_up(batch))
-    # Events 8.. of sample 1, which are 12.. of all, change in everything; so does the time position 11 is asked for.
-    later = slice(12, 16)
-    batch.ids.values()[later] = (batch.ids.values()[later] + 1) % 31
-    batch.actions[later] = 7 - batch.actions[later]
-    batch.timestamps[later] += 5_000
-    batch.query_timestamps[later] += 9_000
-    for name in ("tab", "duration", "play_time"):
-        batch.features[name][later] = (batch.features[name][later] + 1) % 6
-    _, after = model(batch, rows.look_up(batch))
-    changed = (after.user_vectors != before.user_vectors).any(dim=1).nonzero().flatten().tolist()
-    assert changed == [12, 13, 14, 15]
-
-
-@EVERY_BACKBONE
-def test_a_users_data_changes_only_that_users_outputs(
-    settings, features, actions, samples, random_sample, collate, tables
-):
-    model, rows = make(settings, RANKING, features, actions), tables(E)
-    batch = collate(samples)
-    _, before = model(batch, rows.look_up(batch))
-    replaced = [*samples[:4], random_sample(13, 1, seed=99), samples[5]]
-    batch = collate(replaced)
-    _, after = model(batch, rows.look_up(batch))
-    # How many rows a channel multiplies depends on everybody's actions, and rounding on how many rows there are.
-    changed = ((after.logits - before.logits).abs() > 1e-13).any(dim=1).tolist()
-    assert changed == (before.users == 4).tolist()
-
-
-@EVERY_BACKBONE
-def test_users_are_scored_together_as_they_are_alone(settings, features, actions, samples, collate, tables):
-    model, rows = make(settings, RANKING, features, actions), tables(E)
-    batch = collate(samples)
-    _, together = model(batch, rows.look_up(batch))
-    for user, sample in enumerate(samples):
-        batch = collate([sample])
-        _, alone = model(batch, rows.look_up(batch))
-        torch.testing.assert_close(alone.logits, together.logits[together.users == user], rtol=1e-12, atol=1e-12)
-
-
-def test_history_actions_are_read(features, actions, samples, collate, tables):
-    model, rows = make(RESEARCH, RANKING, features, actions), tables(E)
-    batch = collate(samples)
-    _, before = model(batch, rows.look_up(batch))
-    batch.actions[4] ^= 1  # the first event of sample 1
-    _, after = model(batch, rows.look_up(batch))
-    assert (after.logits != before.logits).any(dim=1).tolist() == (before.users == 1).tolist()
-
-
 @EVERY_BACKBONE
 @pytest.mark.parametrize("with_features", [True, False])
-@pytest.mark.parametrize("kind", ["ranking", "full", "sampled", "bce", "in_batch"])
+@pytest.mark.parametrize("kind", ["ranking", *NEXT_ITEM_LOSSES])
 def test_a_padding_batch_gives_zero_loss_and_a_zero_gradient_to_every_parameter(
     settings, with_features, kind, features, actions, random_sample, collate, tables
 ):
     features = features if with_features else {}
     ranking = kind == "ranking" or ranks_only(settings)
-    losses = {"bce": {"loss": "bce"}, "in_batch": {"loss": "sampled_softmax", "num_in_batch": 4}}
-    objective = RANKING if ranking else NEXT_ITEM.model_copy(update=losses.get(kind, {}))
+    objective = RANKING if ranking else NEXT_ITEM_LOSSES[kind]
     model = make(settings if ranking else causal(settings), objective, features, actions)
     rows = tables(E)
     nobody = dataclasses.replace(random_sample(0, 0, 0, next_item=not ranking), user_id=0, age=0)

@@ -126,7 +126,7 @@ def test_ranking_metrics_are_those_of_the_logits_of_every_test_event(trained, da
     assert {name: line[name] for name in metrics} == pytest.approx(metrics, rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["ranking", "full_softmax"])
+@pytest.mark.parametrize("kind", ["ranking", "columns", "full_softmax"])
 def test_metrics_of_a_checkpoint_are_the_same_on_any_number_of_ranks(trained, dataset, kind):
     out = trained(2)[kind]
     found = [run_ranks(metrics_and_outputs, config_of(dataset, kind), out, 7, world_size=n) for n in (1, 2, 3)]

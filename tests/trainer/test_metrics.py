@@ -6,7 +6,14 @@ from itertools import product
 import pytest
 import torch
 
-from ultrarec.trainer.metrics import auc, gauc, next_item_metrics, normalized_entropy, ranking_metrics
+from ultrarec.trainer.metrics import (
+    auc,
+    gauc,
+    next_item_metrics,
+    normalized_entropy,
+    ranking_metrics,
+    regression_metrics,
+)
 
 
 def auc_by_pairs(scores, labels):
@@ -109,3 +116,13 @@ def test_next_item_metrics_are_the_means_of_their_definitions():
         assert values[f"ndcg@{k}"] == pytest.approx(gains / len(ranks), rel=1e-12)
     assert values["mrr"] == pytest.approx(sum(1 / r for r in ranks) / len(ranks), rel=1e-12)
     assert set(next_item_metrics(torch.tensor([1])).values()) == {1.0}
+
+
+def test_errors_of_regressions_are_means_over_the_predictions_that_have_a_label():
+    predictions = torch.tensor([[1.0, 4.0], [2.0, 5.0], [4.0, 6.0]])
+    labels = torch.tensor([[0.5, math.nan], [math.nan, math.nan], [7.0, math.nan]])
+    found = regression_metrics(predictions, labels, ("watched", "rated"))
+    assert (found["mae/watched"], found["mse/watched"]) == (1.75, (0.25 + 9) / 2)
+    assert math.isnan(found["mae/rated"])
+    assert math.isnan(found["mse/rated"])
+    assert regression_metrics(torch.zeros(3, 0), torch.zeros(3, 0), ()) == {}

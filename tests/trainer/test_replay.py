@@ -41,7 +41,7 @@ def replayed(out: Path, step: int) -> str:
     return shown.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["ranking", "full_softmax", "sampled_softmax"])
+@pytest.mark.parametrize("kind", ["ranking", "columns", "full_softmax", "sampled_softmax", "adamw_softmax"])
 @pytest.mark.parametrize("step", [1, 8])
 def test_a_replayed_step_has_the_numbers_of_the_run_and_names_its_rows(dataset, tmp_path, kind, step):
     out = tmp_path / "out"
