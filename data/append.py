@@ -84,13 +84,13 @@ def _grow(info: DatasetInfo, options: PrepareOptions, report: Callable[[str], No
     if again := [file.path for file in log.describe() if (file.path, file.bytes) in known]:
         raise UserError(f"{again[0]} is in {info.root} already; append newer logs only")
     report(f"log: {counted(len(log.paths), f'{log.format} file')}, {log.num_bytes / 1e6:,.1f} MB")
-    root = info.root / f"{TEMPORARY}{os.getpid()}"
+    root = info.folder / f"{TEMPORARY}{os.getpid()}"
     work = root / "work"
     work.mkdir(parents=True)
     with open_duckdb(work, memory_limit=options.memory_limit, threads=options.threads, report=report) as engine:
-        grown = grow(engine, info, log, options, root, first_number=_first_free_number(info.root), report=report)
+        grown = grow(engine, info, log, options, root, first_number=_first_free_number(info.folder), report=report)
     for path in [*(root / HISTORIES_FOLDER).iterdir(), *root.glob("items-*.parquet")]:
-        path.rename(info.root / path.relative_to(root))
+        path.rename(info.folder / path.relative_to(root))
     return grown
 
 
@@ -130,10 +130,10 @@ def _locked(out: Path) -> Iterator[None]:
 def _remove_what_is_not_named(info: DatasetInfo) -> None:
     """Remove files that only a stopped or a finished append can have left: neither readers nor users know them."""
     named = {*info.history_paths, *(info.locate(each.path) for each in info.vocabularies.values())}
-    for path in [*info.root.glob(f"{HISTORIES_FOLDER}/part-*.parquet"), *info.root.glob("items*.parquet")]:
+    for path in [*info.folder.glob(f"{HISTORIES_FOLDER}/part-*.parquet"), *info.folder.glob("items*.parquet")]:
         if path not in named:
             path.unlink()
-    for folder in info.root.glob(f"{TEMPORARY}*"):
+    for folder in info.folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 

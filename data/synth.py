@@ -2,16 +2,16 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from .atomic import temporary_beside, termination_as_interruption
 from .errors import UserError
+from .locations import local_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ultrarec synth` on `parser`."""
     add = parser.add_argument
-    add("--out", required=True, type=Path, metavar="DIR", help="folder for the Parquet files; must not exist")
+    add("--out", required=True, type=local_path, metavar="DIR", help="folder for the Parquet files; must not exist")
     add("--users", required=True, type=int, metavar="N")
     add("--items", required=True, type=int, metavar="N", help="in the catalogue; popularity decides how many occur")
     add("--events-per-user", required=True, type=float, metavar="N", help="mean; lengths are log-normal")

@@ -17,8 +17,10 @@ ROW_GROUPS, QUICK_ROW_GROUPS = 48, 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ultrarec bench loader`."""
+    from ..data.locations import local_path
+
     parser.add_argument(
-        "path", nargs="?", type=Path, metavar="DIR", help="a prepared dataset (default: synthetic ones)"
+        "path", nargs="?", type=local_path, metavar="DIR", help="a prepared dataset (default: synthetic ones)"
     )
     parser.add_argument(
         "--threads", type=_positive, default=2, metavar="N", help="of the scan, and per rank (default: 2)"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.errors import UserError
+from ..data.locations import local_path
 from .config import load_config
 from .manifest import MANIFEST, Manifest, all_checkpoints, newest_at, step_of
 from .storage import Location, checkpoint_home, location
@@ -35,10 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "diff":
             action.add_argument("other", metavar="OTHER", help="what to compare it with, likewise")
         if name == "export":
-            action.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder to write")
+            action.add_argument("--out", type=local_path, required=True, metavar="DIR", help="new folder to write")
             action.add_argument(
                 "--dataset",
-                type=Path,
                 metavar="DIR",
                 help="prepared dataset that tells original item ids (default: data.path of the run's config.toml)",
             )
@@ -125,12 +125,12 @@ def _home(text: str) -> Location:
     return place
 
 
-def _dataset_of(text: str) -> Path | None:
+def _dataset_of(text: str) -> str | None:
     """The dataset of the run folder that a path names or lies in."""
     place = location(text)
     for folder in (place, *place.parents[:2]) if isinstance(place, Path) else ():
         if (folder / "config.toml").is_file():
-            return Path(load_config(str(folder / "config.toml")).data.path)
+            return load_config(str(folder / "config.toml")).data.path
     return None
 
 

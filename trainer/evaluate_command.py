@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..data.errors import UserError
+from ..data.locations import shown
 from .config import CheckpointConfig, Config, load_config
 from .manifest import Manifest, checkpoint_folder, complete_checkpoints, step_of
 from .noise import silence
@@ -45,15 +46,18 @@ def run(args: argparse.Namespace) -> int:
     trained_on = Manifest.read(folder).dataset
     if trained_on != info.fingerprint:
         raise UserError(
-            f"{folder} was trained on another dataset than {config.data.path} is now (fingerprints {trained_on} and "
-            f"{info.fingerprint}): ids would mean other items; say where its own is with --set data.path=DIR"
+            f"{folder} was trained on another dataset than {shown(config.data.path)} is now (fingerprints "
+            f"{trained_on} and {info.fingerprint}): ids would mean other items; say where its own is with "
+            "--set data.path=DIR"
         )
     with join(config.trainer) as world:
         sharded = shard(build_recommender(config, info), config, world)
         manifest = checkpoint.load_weights(sharded.parallel, folder, world=world)
         evaluator = Evaluator(config, info, world, sharded.parallel)
         if not evaluator.held_out:
-            raise UserError(f"{config.data.path} holds nothing out; prepare it with --leave-last or --split-time")
+            raise UserError(
+                f"{shown(config.data.path)} holds nothing out; prepare it with --leave-last or --split-time"
+            )
         for split in evaluator.held_out:
             metrics = {"step": manifest.step, **evaluator(split)}
             if world.is_main:

@@ -18,9 +18,11 @@ from tqdm import tqdm
 
 from ..data.errors import UserError
 from ..data.faults import Fault, SkippedSample
+from ..data.samples import Split
 from .incidents import INCIDENTS_FILE
 
 METRICS_FILE = "metrics.jsonl"
+OPENING_FILE = "opening.jsonl"
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -153,29 +155,46 @@ def _rows(parts: list[Tensor]) -> list[list[int]]:
 
 
 class SkipLog:
-    """Which samples were left out as damaged: `OUT/skipped/rank-R.jsonl`, there from the first of them on."""
+    """Which samples were left out as damaged: `OUT/skipped/rank-R.jsonl`, there from the first of them on, and
+    `OUT/skipped/opening.jsonl` for what was damaged when the dataset was opened.
+    """
 
     def __init__(self, out: Path, *, rank: int) -> None:
         self._path = out / "skipped" / f"rank-{rank}.jsonl"
         self._file: TextIO | None = None
 
+    @property
+    def folder(self) -> Path:
+        """Where all of it lies."""
+        return self._path.parent
+
+    @property
+    def at_opening(self) -> list[Fault]:
+        """What the last start recorded."""
+        path = self._path.with_name(OPENING_FILE)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [Fault(**json.loads(line)) for line in lines]
+
     def opened(self, faults: Sequence[Fault]) -> None:
         """Record what opening the dataset found damaged: it belongs to no step, and is written anew by every start."""
-        path = self._path.with_name("opening.jsonl")
-        path.unlink(missing_ok=True)
+        path = self._path.with_name(OPENING_FILE)
         if faults:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(asdict(fault)) + "\n" for fault in faults), encoding="utf-8")
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(asdict(fault)) + "\n" for fault in faults), encoding="utf-8")
+            temporary.replace(path)
+        else:
+            path.unlink(missing_ok=True)
 
-    def write(self, *, step: int, epoch: int, skipped: Sequence[SkippedSample]) -> None:
-        """Record the samples that this rank left out of a step, one line each."""
+    def write(self, split: Split, *, step: int, epoch: int, skipped: Sequence[SkippedSample]) -> None:
+        """Record the samples that this rank left out of a step, or of an evaluation after it, one line each."""
         if skipped and self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a", encoding="utf-8")
         for sample in skipped:
             place = {"rows": [[sample.file, sample.row, sample.sample]], "fault": asdict(sample.fault)}
             assert self._file is not None
-            self._file.write(json.dumps({"step": step, "epoch": epoch, **place}) + "\n")
+            self._file.write(json.dumps({"step": step, "epoch": epoch, "split": split, **place}) + "\n")
         if self._file is not None:
             self._file.flush()
 
