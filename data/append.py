@@ -1,7 +1,8 @@
 """`ultrarec prepare --append`: newer logs join a prepared dataset; what they do not touch stays as it is.
 
-New files are written beside the old, `dataset.json` is replaced in one step, and what it no longer names is removed: at
-any moment the folder is either the old dataset or the new one. The steps are in `preparation/`.
+New files are written beside the old and brought to the disk, `dataset.json` is replaced in one step, and what it no
+longer names is removed: at any moment, a power cut included, the folder is either the old dataset or the new one. The
+steps are in `preparation/`.
 """
 
 import fcntl
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .atomic import full_disk_explained
+from .atomic import full_disk_explained, sync
 from .errors import UserError, counted
 from .preparation.options import PrepareOptions
 from .schema import DATASET_FILE, HISTORIES_FOLDER, DatasetInfo
@@ -64,8 +65,11 @@ def append(
             _remove_what_is_not_named(info)
             grown = _grow(info, options, report)
             grown.write()
-            info = grown
+            sync(out)
         finally:
+            # What the file says, and not how far this came: a signal may come between its being written and the next
+            # line.
+            info = DatasetInfo.load(out)
             _remove_what_is_not_named(info)
     counts = info.counts
     totals = counted(counts.users, "user"), counted(counts.events, "event"), counted(counts.items, "item")
@@ -89,8 +93,12 @@ def _grow(info: DatasetInfo, options: PrepareOptions, report: Callable[[str], No
     work.mkdir(parents=True)
     with open_duckdb(work, memory_limit=options.memory_limit, threads=options.threads, report=report) as engine:
         grown = grow(engine, info, log, options, root, first_number=_first_free_number(info.folder), report=report)
-    for path in [*(root / HISTORIES_FOLDER).iterdir(), *root.glob("items-*.parquet")]:
+    new = [*(root / HISTORIES_FOLDER).iterdir(), *root.glob("items-*.parquet")]
+    for path in new:
+        sync(path)
         path.rename(info.folder / path.relative_to(root))
+    for folder in (info.folder / HISTORIES_FOLDER, info.folder):
+        sync(folder)
     return grown
 
 
@@ -133,6 +141,8 @@ def _remove_what_is_not_named(info: DatasetInfo) -> None:
     for path in [*info.folder.glob(f"{HISTORIES_FOLDER}/part-*.parquet"), *info.folder.glob("items*.parquet")]:
         if path not in named:
             path.unlink()
+    for path in info.folder.glob(f".{DATASET_FILE}.*"):
+        path.unlink()
     for folder in info.folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -15,8 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .atomic import temporary_beside, termination_as_interruption
+from .atomic import run_until_signalled, sync, sync_tree, temporary_beside, what_is_left
 from .errors import UserError, counted
+from .locations import local_path
 from .preparation.options import ENGINES, PrepareOptions
 from .schema import ITEMS_FILE, Counts, DatasetInfo, Minimums
 
@@ -47,8 +48,11 @@ def prepare(options: PrepareOptions, *, report: Report = lambda line: None) -> D
         root.mkdir()
         with _open_engine(options, work, report) as engine:
             info = _build(engine, log, options, root, report)
+        sync_tree(root)
         info.write()
+        sync(root)
         root.rename(options.out)
+        sync(options.out.parent)
     _report_totals(options.out, info, report)
     return replace(info, root=options.out)
 
@@ -105,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ultrarec prepare` on `parser`."""
     add = parser.add_argument
     add("logs", nargs="+", metavar="LOG", help="Parquet or CSV files, folders, globs, or sample:kuairand")
-    add("--out", required=True, type=Path, metavar="DIR", help="folder of the prepared dataset; must not exist")
+    add("--out", required=True, type=local_path, metavar="DIR", help="folder of the prepared dataset; must not exist")
     add("--append", action="store_true", help="add newer logs to the dataset at --out, with its columns and split")
     add("--user", metavar="COL", help="user id: integers or strings")
     add("--item", metavar="COL", help="item id: integers or strings")
@@ -169,6 +173,10 @@ DECIDED_BY_THE_DATASET = (
 )  # fmt: skip
 
 
+def _prepare(args: argparse.Namespace, report: Report) -> None:
+    prepare(options_of(args), report=report)
+
+
 def _append(args: argparse.Namespace, report: Report) -> None:
     from .append import append
 
@@ -195,9 +203,12 @@ def run(args: argparse.Namespace) -> int:
     def report(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    with termination_as_interruption():
-        if args.append:
-            _append(args, report)
-        else:
-            prepare(options_of(args), report=report)
-    return 0
+    if not args.append:
+        return run_until_signalled(lambda: _prepare(args, report), left=lambda: what_is_left(args.out))
+    before = DatasetInfo.load(args.out).fingerprint
+
+    def left() -> str:
+        is_old = DatasetInfo.load(args.out).fingerprint == before
+        return f"{args.out} is {'as it was, without' if is_old else 'complete, with'} the new logs"
+
+    return run_until_signalled(lambda: _append(args, report), left=left)
