@@ -11,11 +11,12 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from .atomic import full_disk_explained, sync
+from .atomic import full_disk_explained, sync, undisturbed
 from .errors import UserError, counted
-from .preparation.options import PrepareOptions
+from .preparation.options import EngineName, PrepareOptions
 from .schema import DATASET_FILE, HISTORIES_FOLDER, DatasetInfo
 
 TEMPORARY = "append.tmp-"
@@ -25,6 +26,8 @@ def append(
     out: Path,
     logs: tuple[str, ...],
     *,
+    engine: EngineName = "duckdb",
+    spark_master: str | None = None,
     memory_limit: str = "4GB",
     threads: int | None = None,
     csv_delimiter: str | None = None,
@@ -56,6 +59,8 @@ def append(
             leave_last=info.split.num_events,
             split_time=info.split.time,
             validation_time=info.split.validation_time,
+            engine=engine,
+            spark_master=spark_master,
             memory_limit=memory_limit,
             threads=threads,
             csv_delimiter=csv_delimiter,
@@ -69,8 +74,9 @@ def append(
         finally:
             # What the file says, and not how far this came: a signal may come between its being written and the next
             # line.
-            info = DatasetInfo.load(out)
-            _remove_what_is_not_named(info)
+            with undisturbed():
+                info = DatasetInfo.load(out)
+                _remove_what_is_not_named(info)
     counts = info.counts
     totals = counted(counts.users, "user"), counted(counts.events, "event"), counted(counts.items, "item")
     report(f"{out}: {', '.join(totals)}")
@@ -79,8 +85,7 @@ def append(
 
 def _grow(info: DatasetInfo, options: PrepareOptions, report: Callable[[str], None]) -> DatasetInfo:
     """Move all new files into the dataset's folder; what `dataset.json` is to say of them."""
-    from .preparation import sources
-    from .preparation.duckdb_engine import open_duckdb
+    from .preparation import engines, sources
     from .preparation.growth import grow
 
     log = sources.find_log(options)
@@ -91,15 +96,16 @@ def _grow(info: DatasetInfo, options: PrepareOptions, report: Callable[[str], No
     root = info.folder / f"{TEMPORARY}{os.getpid()}"
     work = root / "work"
     work.mkdir(parents=True)
-    with open_duckdb(work, memory_limit=options.memory_limit, threads=options.threads, report=report) as engine:
-        grown = grow(engine, info, log, options, root, first_number=_first_free_number(info.folder), report=report)
+    read = engines.readable(log, options, work, report)
+    with engines.open_engine(options, work, report) as engine:
+        grown = grow(engine, info, read, options, root, first_number=_first_free_number(info.folder), report=report)
     new = [*(root / HISTORIES_FOLDER).iterdir(), *root.glob("items-*.parquet")]
     for path in new:
         sync(path)
         path.rename(info.folder / path.relative_to(root))
     for folder in (info.folder / HISTORIES_FOLDER, info.folder):
         sync(folder)
-    return grown
+    return replace(grown, sources=info.sources + log.describe())
 
 
 def _check_can_grow(info: DatasetInfo) -> None:

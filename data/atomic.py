@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,8 +34,9 @@ def temporary_beside(out: Path) -> Iterator[Path]:
         with full_disk_explained(out):
             yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _remove_empty(new_parents)
+        with undisturbed():
+            shutil.rmtree(folder, ignore_errors=True)
+            _remove_empty(new_parents)
 
 
 @contextmanager
@@ -76,6 +78,30 @@ def run_until_signalled(work: Callable[[], None], *, left: Callable[[], str]) ->
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C, if they come meanwhile, take effect at the end: for tidying up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's affair
+        return
+    received: list[tuple[int, FrameType | None]] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: received.append((number, frame)))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for came, frame in received[:1]:
+            handler = before[signal.Signals(came)]
+            if callable(handler):
+                handler(came, frame)
+            elif handler == signal.SIG_DFL:
+                os.kill(os.getpid(), came)
 
 
 def what_is_left(out: Path) -> str:

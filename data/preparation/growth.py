@@ -40,7 +40,10 @@ def grow(
     first_number: int,
     report: Callable[[str], None],
 ) -> DatasetInfo:
-    """Write the files that change or are new to `root`, numbered from `first_number`; what the whole is with them."""
+    """Write the files that change or are new to `root`, numbered from `first_number`; what the whole is with them.
+
+    `log` is as the engine reads it; that it is a source now is for the caller to state.
+    """
     staged = stage(engine, log, options, report=report)
     schema = _check_types(info, staged)
     _make_items(engine, info)
@@ -74,7 +77,6 @@ def grow(
         vocabularies={**info.vocabularies, "items": vocabulary},
         counts=Counts(**{**growth.totals, "items": vocabulary.size}),
         files=tuple(growth.files),
-        sources=info.sources + log.describe(),
         lengths=growth.lengths.summary(),
         created_by=f"ultrarec {version('ultrarec')}",
     )

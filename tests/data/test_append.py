@@ -326,7 +326,6 @@ def test_the_command_appends_with_the_columns_of_the_dataset(tmp_path, capsys):
     [
         (("--user", "user"), "--user user with --append: .*out has decided that; leave it out"),
         (("--leave-last", "1"), "--leave-last 1 with --append: .*out has decided that"),
-        (("--engine", "spark"), "--append with --engine spark: logs are appended with duckdb; leave --engine out"),
     ],
 )
 def test_the_command_takes_nothing_that_the_dataset_has_decided(tmp_path, options, message):
