@@ -93,8 +93,8 @@ class DataConfig(BaseModel):
     """Files that are missing, damaged or of other columns, damaged row groups, and rows that break a rule: end the run
     with their place, or leave them out, count them in the metrics and list them in `OUT/skipped/`."""
     retry_seconds: float = Field(default=RETRY_SECONDS, ge=0, le=7 * 24 * 3600)
-    """How long a read that fails is tried again, with growing pauses, before the run ends with exit code 75; must be
-    shorter than `trainer.watchdog_seconds` to have an effect."""
+    """How long a read that fails is tried again, with growing pauses, before the run ends with exit code 75, which
+    launchers answer with a restart; shorter than `trainer.watchdog_seconds`."""
     audit: bool = False
     """Write the rows of every finished step to `OUT/audit/rank-R.jsonl`."""
 

@@ -9,6 +9,8 @@ from process_group import run_ranks
 from small_runs import config_of, lines, make_dataset, train_on_ranks
 
 from ultrarec.launch.cli import main
+from ultrarec.trainer.__main__ import main as trainer
+from ultrarec.trainer.attempts import final_exit_code
 from ultrarec.trainer.config import load_config
 
 SECRET = "tops3cret/+key"
@@ -60,3 +62,20 @@ def test_a_run_with_in_batch_negatives_is_the_same_from_a_store_and_leaves_no_ke
     shown = capsys.readouterr()
     assert shown.out.startswith("s3://logs/shop\n")
     assert "s3cret" not in shown.out + shown.err
+
+
+def test_storage_that_is_down_ends_a_run_with_one_error_that_a_restart_may_mend(tmp_path, monkeypatch, capsys):
+    config_of(tmp_path / "dataset", "ranking")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0/0/error.json"))
+    (tmp_path / "attempt_0/0").mkdir(parents=True)
+    address = "s3://AKIAKEY:tops3cret@logs/shop?scheme=http&endpoint_override=127.0.0.1:1&region=us-east-1"
+    settings = [f"data.path={address}", "data.batch_rows=8", "data.retry_seconds=0"]
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    assert trainer([str(tmp_path / "ranking.toml"), "--out", str(tmp_path / "run"), *overrides]) == 75
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: s3://logs/shop/dataset.json cannot be read: 1 attempt in ")
+    assert "AKIAKEY" not in said
+    assert "s3cret" not in said
+    assert final_exit_code() is None
