@@ -1,7 +1,8 @@
 """`ultrarec prepare --append`: newer logs join a prepared dataset; what they do not touch stays as it is.
 
-New files are written beside the old, `dataset.json` is replaced in one step, and what it no longer names is removed: at
-any moment the folder is either the old dataset or the new one. The steps are in `preparation/`.
+New files are written beside the old and brought to the disk, `dataset.json` is replaced in one step, and what it no
+longer names is removed: at any moment, a power cut included, the folder is either the old dataset or the new one. The
+steps are in `preparation/`.
 """
 
 import fcntl
@@ -10,11 +11,12 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from .atomic import full_disk_explained
+from .atomic import full_disk_explained, sync, undisturbed
 from .errors import UserError, counted
-from .preparation.options import PrepareOptions
+from .preparation.options import EngineName, PrepareOptions
 from .schema import DATASET_FILE, HISTORIES_FOLDER, DatasetInfo
 
 TEMPORARY = "append.tmp-"
@@ -24,6 +26,8 @@ def append(
     out: Path,
     logs: tuple[str, ...],
     *,
+    engine: EngineName = "duckdb",
+    spark_master: str | None = None,
     memory_limit: str = "4GB",
     threads: int | None = None,
     csv_delimiter: str | None = None,
@@ -55,6 +59,8 @@ def append(
             leave_last=info.split.num_events,
             split_time=info.split.time,
             validation_time=info.split.validation_time,
+            engine=engine,
+            spark_master=spark_master,
             memory_limit=memory_limit,
             threads=threads,
             csv_delimiter=csv_delimiter,
@@ -64,9 +70,13 @@ def append(
             _remove_what_is_not_named(info)
             grown = _grow(info, options, report)
             grown.write()
-            info = grown
+            sync(out)
         finally:
-            _remove_what_is_not_named(info)
+            # What the file says, and not how far this came: a signal may come between its being written and the next
+            # line.
+            with undisturbed():
+                info = DatasetInfo.load(out)
+                _remove_what_is_not_named(info)
     counts = info.counts
     totals = counted(counts.users, "user"), counted(counts.events, "event"), counted(counts.items, "item")
     report(f"{out}: {', '.join(totals)}")
@@ -75,8 +85,7 @@ def append(
 
 def _grow(info: DatasetInfo, options: PrepareOptions, report: Callable[[str], None]) -> DatasetInfo:
     """Move all new files into the dataset's folder; what `dataset.json` is to say of them."""
-    from .preparation import sources
-    from .preparation.duckdb_engine import open_duckdb
+    from .preparation import engines, sources
     from .preparation.growth import grow
 
     log = sources.find_log(options)
@@ -84,14 +93,19 @@ def _grow(info: DatasetInfo, options: PrepareOptions, report: Callable[[str], No
     if again := [file.path for file in log.describe() if (file.path, file.bytes) in known]:
         raise UserError(f"{again[0]} is in {info.root} already; append newer logs only")
     report(f"log: {counted(len(log.paths), f'{log.format} file')}, {log.num_bytes / 1e6:,.1f} MB")
-    root = info.root / f"{TEMPORARY}{os.getpid()}"
+    root = info.folder / f"{TEMPORARY}{os.getpid()}"
     work = root / "work"
     work.mkdir(parents=True)
-    with open_duckdb(work, memory_limit=options.memory_limit, threads=options.threads, report=report) as engine:
-        grown = grow(engine, info, log, options, root, first_number=_first_free_number(info.root), report=report)
-    for path in [*(root / HISTORIES_FOLDER).iterdir(), *root.glob("items-*.parquet")]:
-        path.rename(info.root / path.relative_to(root))
-    return grown
+    read = engines.readable(log, options, work, report)
+    with engines.open_engine(options, work, report) as engine:
+        grown = grow(engine, info, read, options, root, first_number=_first_free_number(info.folder), report=report)
+    new = [*(root / HISTORIES_FOLDER).iterdir(), *root.glob("items-*.parquet")]
+    for path in new:
+        sync(path)
+        path.rename(info.folder / path.relative_to(root))
+    for folder in (info.folder / HISTORIES_FOLDER, info.folder):
+        sync(folder)
+    return replace(grown, sources=info.sources + log.describe())
 
 
 def _check_can_grow(info: DatasetInfo) -> None:
@@ -130,10 +144,12 @@ def _locked(out: Path) -> Iterator[None]:
 def _remove_what_is_not_named(info: DatasetInfo) -> None:
     """Remove files that only a stopped or a finished append can have left: neither readers nor users know them."""
     named = {*info.history_paths, *(info.locate(each.path) for each in info.vocabularies.values())}
-    for path in [*info.root.glob(f"{HISTORIES_FOLDER}/part-*.parquet"), *info.root.glob("items*.parquet")]:
+    for path in [*info.folder.glob(f"{HISTORIES_FOLDER}/part-*.parquet"), *info.folder.glob("items*.parquet")]:
         if path not in named:
             path.unlink()
-    for folder in info.root.glob(f"{TEMPORARY}*"):
+    for path in info.folder.glob(f".{DATASET_FILE}.*"):
+        path.unlink()
+    for folder in info.folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 

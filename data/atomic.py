@@ -1,10 +1,13 @@
 """Folders that are there whole or not at all, also after Ctrl-C, SIGTERM and a full disk."""
 
 import errno
+import glob
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -31,8 +34,9 @@ def temporary_beside(out: Path) -> Iterator[Path]:
         with full_disk_explained(out):
             yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _remove_empty(new_parents)
+        with undisturbed():
+            shutil.rmtree(folder, ignore_errors=True)
+            _remove_empty(new_parents)
 
 
 @contextmanager
@@ -49,18 +53,79 @@ def full_disk_explained(out: Path) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def termination_as_interruption() -> Iterator[None]:
-    """Let SIGTERM, as job schedulers and `kill` send it, end the work as Ctrl-C does: cleaned up."""
+def run_until_signalled(work: Callable[[], None], *, left: Callable[[], str]) -> int:
+    """Do the work; the exit status.
+
+    Ctrl-C, and SIGTERM as job schedulers and `kill` send it, end it cleaned up, with 128 + the signal's number and one
+    line that says what is `left`.
+    """
+    received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    # Shells start background jobs with Ctrl-C ignored: it is meant for others.
+    heeded = [each for each in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heeded}
+    try:
+        work()
+    except KeyboardInterrupt:
+        number = signal.Signals(received[0] if received else signal.SIGINT)
+        print(f"stopped by {number.name}: {left()}", file=sys.stderr, flush=True)
+        return 128 + number
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C, if they come meanwhile, take effect at the end: for tidying up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's affair
+        return
+    received: list[tuple[int, FrameType | None]] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: received.append((number, frame)))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for came, frame in received[:1]:
+            handler = before[signal.Signals(came)]
+            if callable(handler):
+                handler(came, frame)
+            elif handler == signal.SIG_DFL:
+                os.kill(os.getpid(), came)
+
+
+def what_is_left(out: Path) -> str:
+    """What a stopped `temporary_beside` has made of `out`."""
+    if os.path.lexists(out):
+        return f"{out} is complete"
+    remains = [str(path) for path in out.parent.glob(f"{glob.escape(out.name)}.tmp-{os.getpid()}")]
+    return f"{out} was not made, and {f'{remains[0]} is to be removed' if remains else 'nothing is left half-written'}"
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` all files below a folder, and the folders."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
 
 
 def _remove_empty(folders: list[Path]) -> None:

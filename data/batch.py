@@ -50,14 +50,17 @@ class Batch(Pipelineable):
     users: Tensor
     """[M], the user of each label, as the row's number over all files in order."""
     num_labels: int
-    """Labels of this step over all ranks, known without communication: what a mean over the step divides by."""
+    """Labels that this step was planned with over all ranks, known without communication; a mean over the step divides
+    by them less the `num_skipped_labels` of all ranks."""
     epoch: int
     samples: Tensor
     """[S, 3] (file, row in the file, sample of the row) of each real sample; stays on the CPU, for the audit."""
     state: LoaderState
     """Where to resume once this batch has been trained."""
     skipped: tuple[SkippedSample, ...] = ()
-    """Samples of this rank in this step that `data.bad_data="skip"` left out; `num_labels` counts their labels."""
+    """Samples of this rank in this step that `data.bad_data="skip"` left out."""
+    num_skipped_labels: int = 0
+    """Their labels, which `num_labels` counts: that they are damaged is known only to the rank that has read them."""
     loads: Loads = NO_LOADS
     """How evenly the step was dealt; the same on every rank."""
     numbers: dict[str, Tensor] = dataclasses.field(default_factory=dict)

@@ -5,7 +5,7 @@ Legend: R = rows of a row group, E = events of all these rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from .config import FeatureConfig
 from .errors import UserError
 from .samples import Integers
-from .schema import Column, DatasetInfo
+from .schema import DatasetInfo
 
 Faults = dict[int, tuple[str, str]]
 """By the number of the row in its row group: the column, and what is wrong with it."""
@@ -59,77 +59,85 @@ def _first_of_rows(places: Integers, offsets: Integers) -> list[tuple[int, int]]
     return list(zip(rows.tolist(), places[first].tolist(), strict=True))
 
 
-def check_columns(
-    file: str, schema: pa.Schema, info: DatasetInfo, features: Mapping[str, FeatureConfig], numbers: Collection[str]
-) -> None:
-    """Raises UserError if a file lacks a column that is read, has it in another type than the dataset says, or if a
-    feature, or what reads the column as `numbers`, cannot. Further columns do no harm.
+def column_types(info: DatasetInfo, columns: Iterable[str], *, user_id: str | None) -> dict[str, str]:
+    """By name of a column that is read, the type that every file must have it in; user ids have one of two.
+
+    Args:
+        columns: those that are read beside the built-in ones.
     """
-    for name, expected in _BUILT_IN_TYPES.items():
-        _check_type_of(file, schema, name, expected)
-    for name, feature in features.items():
+    types = dict(_BUILT_IN_TYPES)
+    for name in columns:
         if name in info.columns:
-            declared = info.columns[name]
-            _check_type_of(file, schema, name, _type_of(declared))
-        elif name != "user_id" or name not in schema.names:
-            raise UserError(
-                f"data.features.{name}: {file} has no such column; choose one of {['user_id', *info.columns]}, "
-                "or prepare the dataset with it"
-            )
-        _check_role(name, feature, schema.field(name).type)
-        _check_kind(name, feature, schema.field(name).type)
-    events = [name for name, column in info.columns.items() if column.kind == "event"]
+            types[name] = f"{'list of ' * (info.columns[name].kind == 'event')}{info.columns[name].type}"
+        elif user_id is not None:
+            types[name] = user_id
+    return types
+
+
+def misfit_column(schema: pa.Schema, types: Mapping[str, str]) -> tuple[str, str] | None:
+    """The first column that a file lacks or has in another type, and what is wrong. Further columns do no harm."""
+    for name, expected in types.items():
+        if name not in schema.names:
+            return name, f"the file has no such column, and the dataset says {expected}"
+        if (held := type_name(schema, name)) != expected:
+            return name, f"{held}, but the dataset says {expected}"
+    return None
+
+
+def type_name(schema: pa.Schema, name: str) -> str:
+    """A column's type, without what lists call their elements."""
+    held = schema.field(name).type
+    return f"list of {held.value_type}" if pa.types.is_list(held) else str(held)
+
+
+def check_numbers(info: DatasetInfo, numbers: Iterable[str]) -> None:
+    """Raises UserError if the dataset does not hold, for each event, what a regression predicts."""
+    events = {name: column.type for name, column in info.columns.items() if column.kind == "event"}
     for name in numbers:
         if name not in events:
             raise UserError(
-                f"objective.regressions.{name}: the dataset has no such column of events; choose one of {events}, or "
-                "prepare the dataset with it"
+                f"objective.regressions.{name}: the dataset has no such column of events; choose one of "
+                f"{list(events)}, or prepare the dataset with it"
             )
-        _check_type_of(file, schema, name, _type_of(info.columns[name]))
-        value = schema.field(name).type.value_type
-        if not (pa.types.is_integer(value) or pa.types.is_floating(value) or pa.types.is_boolean(value)):
+        if events[name] not in (*_WHOLE, *_FLOATS):
             raise UserError(
-                f"objective.regressions.{name} predicts numbers, but the column holds {value}; remove it, or prepare "
-                "the dataset with numbers in this column"
+                f"objective.regressions.{name} predicts numbers, but the column holds {events[name]}; remove it, or "
+                "prepare the dataset with numbers in this column"
             )
 
 
-def _type_of(column: Column) -> str:
-    return f"{'list of ' * (column.kind == 'event')}{column.type}"
+def check_features(types: Mapping[str, str], info: DatasetInfo, features: Mapping[str, FeatureConfig]) -> None:
+    """Raises UserError if the dataset, whose columns have these types, does not hold what a feature reads."""
+    for name, feature in features.items():
+        if name not in info.columns and name != "user_id":
+            raise UserError(
+                f"data.features.{name}: {info.root} has no such column; choose one of {['user_id', *info.columns]}, "
+                "or prepare the dataset with it"
+            )
+        if name in types:
+            _check_role(name, feature, is_list=types[name].startswith("list of "))
+            _check_kind(name, feature, types[name].removeprefix("list of "))
 
 
 _BUILT_IN_TYPES = {
     **dict.fromkeys(("items", "timestamps", "actions"), "list of int64"),
     **dict.fromkeys(("num_events", "num_train", "num_validation"), "int32"),
 }
+_WHOLE = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
+_FLOATS = ("halffloat", "float", "double")
 
 
-def _check_type_of(file: str, schema: pa.Schema, name: str, expected: str) -> None:
-    if name not in schema.names:
-        raise UserError(f"{file} has no column {name!r}; restore the file or prepare the dataset again")
-    held = schema.field(name).type
-    # Not the name of the whole type, which tells lists apart by what their elements are called.
-    held = f"list of {held.value_type}" if pa.types.is_list(held) else str(held)
-    if held != expected:
-        raise UserError(
-            f"{file}, column {name!r}: {held}, but the dataset says {expected}; "
-            "restore the file or prepare the dataset again"
-        )
-
-
-def _check_role(name: str, feature: FeatureConfig, column: pa.DataType) -> None:
-    if pa.types.is_list(column) == (feature.role == "user"):
-        holds, roles = ("event", "'event' or 'outcome'") if pa.types.is_list(column) else ("user", "'user'")
+def _check_role(name: str, feature: FeatureConfig, *, is_list: bool) -> None:
+    if is_list == (feature.role == "user"):
+        holds, roles = ("event", "'event' or 'outcome'") if is_list else ("user", "'user'")
         raise UserError(
             f"data.features.{name}.role={feature.role!r}, but the column holds one value per {holds}; "
             f"set the role to {roles}"
         )
 
 
-def _check_kind(name: str, feature: FeatureConfig, column: pa.DataType) -> None:
-    value = column.value_type if pa.types.is_list(column) else column
-    is_whole = pa.types.is_integer(value) or pa.types.is_boolean(value)
-    if is_whole or (feature.kind == "bucket" and pa.types.is_floating(value)):
+def _check_kind(name: str, feature: FeatureConfig, value: str) -> None:
+    if value in _WHOLE or (feature.kind == "bucket" and value in _FLOATS):
         return
     reads = "numbers" if feature.kind == "bucket" else "integers or booleans"
     raise UserError(

@@ -58,7 +58,7 @@ class Collator:
 
     def batch(self, step: Step, num_labels: int, samples: Samples, histories: Mapping[int, Histories]) -> Batch:
         """The batch of the rank that was dealt `samples`; `histories` holds every row group they are read from."""
-        samples, skipped = self._without_faults(samples, histories)
+        samples, left_out = self._without_faults(samples, histories)
         read = self._read(step, samples, histories)
         lengths = read.lengths if len(samples) else np.zeros(1, np.int64)
         return Batch(
@@ -75,33 +75,32 @@ class Collator:
             num_labels=num_labels,
             epoch=step.epoch,
             samples=_tensor(self._audit(samples)),
-            skipped=skipped,
+            skipped=self._skipped(left_out, histories),
+            num_skipped_labels=self.sampler.num_labels(left_out.slices, self.split),
             state=step.state,
         )
 
-    def _without_faults(
-        self, samples: Samples, histories: Mapping[int, Histories]
-    ) -> tuple[Samples, tuple[SkippedSample, ...]]:
-        """The samples of rows that may be used, and what is left out."""
+    def _without_faults(self, samples: Samples, histories: Mapping[int, Histories]) -> tuple[Samples, Samples]:
+        """The samples of rows that may be used, and those that are left out."""
         faulty = {
             group: np.array(sorted(histories[group].faults))
             for group in np.unique(samples.groups).tolist()
             if histories[group].faults
         }
         if not faulty:
-            return samples, ()
+            return samples, samples.take(slice(0))
         is_fit = np.ones(len(samples), bool)
         for group, rows in faulty.items():
             inside = samples.groups == group
             is_fit[inside] = (rows[0] >= 0) & ~np.isin(samples.rows[inside] - histories[group].first_row, rows)
-        left_out = samples.take(np.flatnonzero(~is_fit))
-        skipped = [
+        return samples.take(np.flatnonzero(is_fit)), samples.take(np.flatnonzero(~is_fit))
+
+    def _skipped(self, left_out: Samples, histories: Mapping[int, Histories]) -> tuple[SkippedSample, ...]:
+        places = zip(self._audit(left_out).tolist(), left_out.groups.tolist(), left_out.rows.tolist(), strict=True)
+        return tuple(
             SkippedSample(file, row, sample, _fault_of(histories[group], number))
-            for (file, row, sample), group, number in zip(
-                self._audit(left_out).tolist(), left_out.groups.tolist(), left_out.rows.tolist(), strict=True
-            )
-        ]
-        return samples.take(np.flatnonzero(is_fit)), tuple(skipped)
+            for (file, row, sample), group, number in places
+        )
 
     def _read(self, step: Step, samples: Samples, histories: Mapping[int, Histories]) -> _Read:
         slices, is_ranking = samples.slices, isinstance(self.sampler, RankingSampler)

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MOST_REPLICATED_VALUES = 1_000_000
+RETRY_SECONDS = 180.0
 
 
 class FeatureConfig(BaseModel):
@@ -96,8 +97,11 @@ class DataConfig(BaseModel):
     prefetch: int = Field(default=4, gt=0)
     """Batches that wait ready for training, beside those that the threads work on."""
     bad_data: Literal["error", "skip"] = "error"
-    """Damaged row groups, and rows that break a rule: end the run with their place, or leave them out, count them in
-    the metrics and list them in `OUT/skipped/`."""
+    """Files that are missing, damaged or of other columns, damaged row groups, and rows that break a rule: end the run
+    with their place, or leave them out, count them in the metrics and list them in `OUT/skipped/`."""
+    retry_seconds: float = Field(default=RETRY_SECONDS, ge=0, le=7 * 24 * 3600)
+    """How long a read that fails is tried again, with growing pauses, before the run ends with exit code 75, which
+    launchers answer with a restart; shorter than `trainer.watchdog_seconds`."""
     audit: bool = False
     """Write the rows of every finished step to `OUT/audit/rank-R.jsonl`."""
 

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .errors import UserError
+from .locations import local_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,8 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     summary = "counts, split, lengths of histories, columns and skew of a prepared dataset"
     describe = actions.add_parser("describe", help=summary, description=summary)
-    describe.add_argument("dataset", type=Path, metavar="DIR", help="what `ultrarec prepare --out` wrote")
-    describe.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the lengths of histories there")
+    describe.add_argument(
+        "dataset", metavar="DIR", help="what `ultrarec prepare --out` wrote, or its address in a store"
+    )
+    describe.add_argument("--picture", type=local_path, metavar="FILE.png", help="draw the lengths of histories there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,10 +30,10 @@ def run(args: argparse.Namespace) -> int:
         if not picture.absolute().parent.is_dir():
             raise UserError(f"--picture {picture}: there is no folder {picture.absolute().parent}; make it first")
     from .describe import describe, draw
-    from .schema import DatasetInfo
+    from .storage import Storage, load_dataset
 
-    info = DatasetInfo.load(args.dataset)
-    print("\n".join(describe(info)))
+    info = load_dataset(args.dataset)
+    print("\n".join(describe(info, Storage(args.dataset))))
     if picture is not None:
         draw(info, picture)
         print(f"\npicture: {picture}")

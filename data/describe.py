@@ -6,18 +6,18 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from .errors import UserError, counted
+from .items import read_items
 from .schema import DatasetInfo, HistoryFile, Lengths, Split
+from .storage import Storage
 
 BAR = 40  # characters of the longest bar
 TOP_ITEMS = (0.001, 0.01, 0.1)
 
 
-def describe(info: DatasetInfo) -> list[str]:
-    """Lines for a terminal.
+def describe(info: DatasetInfo, storage: Storage) -> list[str]:
+    """Lines for a terminal; `storage` is where the dataset lies.
 
     Raises UserError if items.parquet is missing or damaged.
     """
@@ -40,7 +40,7 @@ def describe(info: DatasetInfo) -> list[str]:
         )
     if info.minimums is not None and (info.minimums.user_events or info.minimums.item_events):
         lines.append(f"  minimums     {info.minimums.user_events} per user, {info.minimums.item_events} per item")
-    return [*lines, *_columns(info), *_vocabularies(info), *_files(info.files), *_lengths(info.lengths)]
+    return [*lines, *_columns(info), *_vocabularies(info, storage), *_files(info.files), *_lengths(info.lengths)]
 
 
 def draw(info: DatasetInfo, picture: Path) -> None:
@@ -88,14 +88,10 @@ def _columns(info: DatasetInfo) -> list[str]:
     return [f"  actions      {actions}", f"  columns      {', '.join(declared) or 'none'}"]
 
 
-def _vocabularies(info: DatasetInfo) -> list[str]:
+def _vocabularies(info: DatasetInfo, storage: Storage) -> list[str]:
     """Sizes, and which share of the training events the most frequent items have."""
     lines = [f"  vocabulary   {name}: {each.size:,} ids" for name, each in info.vocabularies.items()]
-    path = info.locate(info.vocabularies["items"].path)
-    try:
-        counts = np.sort(pq.read_table(path, columns=["count"])["count"].to_numpy())[::-1]
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} cannot be read ({error}); restore it, or prepare the dataset again") from error
+    counts = np.sort(read_items(storage, info, ["count"])["count"].to_numpy())[::-1]
     total = max(int(counts.sum()), 1)
     shares = [
         f"{int(counts[: max(round(top * len(counts)), 1)].sum()) / total:.1%} on the top {top:.1%}" for top in TOP_ITEMS

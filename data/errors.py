@@ -4,8 +4,17 @@
 class UserError(ValueError):
     """Something the user can correct: the message states the value, the rule it breaks and the remedy.
 
-    The command line prints the text alone and exits with status 2.
+    The command line prints the text alone and exits with this status.
     """
+
+    exit_code = 2
+
+
+class StorageError(UserError):
+    """Storage did not answer for as long as the user wants to wait; the same command may succeed later."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: launchers start again."""
 
 
 def counted(number: int, noun: str) -> str:

@@ -16,7 +16,8 @@ from .config import DataConfig
 from .cost import CostModel
 from .deal import Loads, deal, loads_of
 from .errors import UserError
-from .faults import Fault
+from .faults import Fault, NothingLeftError
+from .locations import shown
 from .memory import Memory
 from .order import LoaderState, Order, Samples, Step, StepSize
 from .prefetch import Prefetcher
@@ -66,11 +67,11 @@ class Loader:
         self._config, self._pin_memory = config, pin_memory
         self._name = f"ultrarec-loader-{split}"
         self._running: weakref.WeakSet[Prefetcher[Batch]] = weakref.WeakSet()
-        storage, memory = Storage(config.path), Memory()
+        self._storage, memory = Storage(config.path, retry_seconds=config.retry_seconds), Memory()
         self._reader = Reader(
-            load_dataset(config.path),
+            load_dataset(config.path, retry_seconds=config.retry_seconds),
             config.features,
-            storage=storage,
+            storage=self._storage,
             memory=memory,
             bad_data=config.bad_data,
             numbers=numbers,
@@ -113,7 +114,8 @@ class Loader:
         return ahead
 
     def close(self) -> None:
-        """End the background threads; iterators still in use stop."""
+        """End the background threads, also those that wait for storage; iterators still in use stop."""
+        self._storage.close()
         for ahead in list(self._running):
             ahead.close()
 
@@ -172,14 +174,16 @@ class Loader:
         return batch.pin_memory() if self._pin_memory else batch
 
     def _check(self, path: str, split: Split) -> None:
+        if split == "train" and not self.num_samples and self.faults:
+            raise NothingLeftError.of(shown(path), self.faults, num_rows=int(self._reader.file_begin[-1]))
         if split == "train" and not self.num_samples:
             raise UserError(
-                f"data.path={path}: no user has enough training events for a sample; "
+                f"data.path={shown(path)}: no user has enough training events for a sample; "
                 "prepare the dataset with a later split or lower minimum counts"
             )
         if self._state.consumed > self.num_samples:
             raise UserError(
-                f"the run stopped after {self._state.consumed} samples of an epoch, but data.path={path} gives "
+                f"the run stopped after {self._state.consumed} samples of an epoch, but data.path={shown(path)} gives "
                 f"{self.num_samples}; resume with the dataset and the data settings that the run began with"
             )
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .storage import Storage, StoredFile
+from .storage import MissingFileError, Storage, StoredFile
 
 _TAIL = 1 << 16
 """Bytes at the end of a file that are read at once: mostly the whole footer."""
@@ -28,8 +28,11 @@ class ParquetFile:
     """One file with its footer; any thread may read any row group."""
 
     def __init__(self, storage: Storage, relative: str) -> None:
-        """Raises Damaged if the file has no readable footer, UserError if it is missing or the store fails."""
-        self._file = storage.open(relative)
+        """Raises Damaged if the file is missing or has no readable footer, UserError if the store refuses or fails."""
+        try:
+            self._file = storage.open(relative)
+        except MissingFileError as error:
+            raise Damaged("there is no such file") from error
         try:
             self.metadata = _footer(self._file)
             self.schema: pa.Schema = self.metadata.schema.to_arrow_schema()
@@ -86,7 +89,11 @@ def _bytes_of(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
 def _footer(file: StoredFile) -> pq.FileMetaData:
     """A footer says at its very end how long it is, and places of the file count from its beginning."""
     tail = file.read(max(file.size - _TAIL, 0), min(file.size, _TAIL), ", footer")
-    length = int.from_bytes(tail[-8:-4].to_pybytes(), "little") + 8 if len(tail) >= 8 else len(tail)
+    if bytes(tail[-4:]) != b"PAR1":
+        raise EOFError(f"its {file.size} bytes do not end in PAR1, as those of Parquet do: cut off, or of another kind")
+    length = int.from_bytes(tail[-8:-4].to_pybytes(), "little") + 8
+    if length > file.size:
+        raise EOFError(f"it has {file.size} bytes, and ends with a footer of {length}")
     if length > len(tail):
         tail = file.read(file.size - length, length, ", footer")
     return pq.read_metadata(pa.BufferReader(tail))

@@ -9,14 +9,14 @@ This module imports nothing heavy, so that the command line can mount it; the st
 import argparse
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .atomic import temporary_beside, termination_as_interruption
+from .atomic import run_until_signalled, sync, sync_tree, temporary_beside, what_is_left
 from .errors import UserError, counted
+from .locations import local_path
 from .preparation.options import ENGINES, PrepareOptions
 from .schema import ITEMS_FILE, Counts, DatasetInfo, Minimums
 
@@ -37,7 +37,7 @@ def prepare(options: PrepareOptions, *, report: Report = lambda line: None) -> D
 
     Raises UserError for everything the user can mend; then, as after an interruption, nothing is left on disk.
     """
-    from .preparation import sources
+    from .preparation import engines, sources
 
     log = sources.find_log(options)
     report(f"log: {counted(len(log.paths), f'{log.format} file')}, {log.num_bytes / 1e6:,.1f} MB")
@@ -45,16 +45,20 @@ def prepare(options: PrepareOptions, *, report: Report = lambda line: None) -> D
         work, root = folder / "work", folder / "dataset"
         work.mkdir()
         root.mkdir()
-        with _open_engine(options, work, report) as engine:
-            info = _build(engine, log, options, root, report)
+        read = engines.readable(log, options, work, report)
+        with engines.open_engine(options, work, report) as engine:
+            info = replace(_build(engine, read, options, root, report), sources=log.describe())
+        sync_tree(root)
         info.write()
+        sync(root)
         root.rename(options.out)
+        sync(options.out.parent)
     _report_totals(options.out, info, report)
     return replace(info, root=options.out)
 
 
 def _build(engine: "Engine", log: "Log", options: PrepareOptions, root: Path, report: Report) -> DatasetInfo:
-    """Write all files of the dataset but dataset.json to `root`."""
+    """Write all files of the dataset but dataset.json to `root`; `log` as the engine reads it, which is not stated."""
     from .preparation import split, staging, writing
 
     staged = staging.stage(engine, log, options, report=report)
@@ -78,21 +82,11 @@ def _build(engine: "Engine", log: "Log", options: PrepareOptions, root: Path, re
         counts=Counts(**totals, unknown_item_events=written.unknown_item_events),
         split=split.describe(options),
         files=written.files,
-        sources=log.describe(),
+        sources=(),
         created_by=f"ultrarec {version('ultrarec')}",
         lengths=written.lengths.summary(),
         minimums=Minimums(user_events=options.min_user_events, item_events=options.min_item_events),
     )
-
-
-def _open_engine(options: PrepareOptions, work: Path, report: Report) -> AbstractContextManager["Engine"]:
-    if options.engine == "spark":
-        from .preparation.spark_engine import open_spark
-
-        return open_spark(work, master=options.spark_master)
-    from .preparation.duckdb_engine import open_duckdb
-
-    return open_duckdb(work, memory_limit=options.memory_limit, threads=options.threads, report=report)
 
 
 def _report_totals(out: Path, info: DatasetInfo, report: Report) -> None:
@@ -105,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ultrarec prepare` on `parser`."""
     add = parser.add_argument
     add("logs", nargs="+", metavar="LOG", help="Parquet or CSV files, folders, globs, or sample:kuairand")
-    add("--out", required=True, type=Path, metavar="DIR", help="folder of the prepared dataset; must not exist")
+    add("--out", required=True, type=local_path, metavar="DIR", help="folder of the prepared dataset; must not exist")
     add("--append", action="store_true", help="add newer logs to the dataset at --out, with its columns and split")
     add("--user", metavar="COL", help="user id: integers or strings")
     add("--item", metavar="COL", help="item id: integers or strings")
@@ -165,15 +159,17 @@ def _csv_columns(args: argparse.Namespace) -> tuple[str, ...]:
 
 DECIDED_BY_THE_DATASET = (
     "user", "item", "time", "order", "action", "column", "user_column", "min_user_events", "min_item_events",
-    "leave_last", "split_time", "validation_time", "spark_master",
+    "leave_last", "split_time", "validation_time",
 )  # fmt: skip
+
+
+def _prepare(args: argparse.Namespace, report: Report) -> None:
+    prepare(options_of(args), report=report)
 
 
 def _append(args: argparse.Namespace, report: Report) -> None:
     from .append import append
 
-    if args.engine != "duckdb":
-        raise UserError(f"--append with --engine {args.engine}: logs are appended with duckdb; leave --engine out")
     for name in DECIDED_BY_THE_DATASET:
         if getattr(args, name):
             option = f"--{name.replace('_', '-')}"
@@ -181,6 +177,8 @@ def _append(args: argparse.Namespace, report: Report) -> None:
     append(
         args.out,
         tuple(args.logs),
+        engine=args.engine,
+        spark_master=args.spark_master,
         memory_limit=args.memory_limit,
         threads=args.threads,
         csv_delimiter=args.csv_delimiter,
@@ -195,9 +193,12 @@ def run(args: argparse.Namespace) -> int:
     def report(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    with termination_as_interruption():
-        if args.append:
-            _append(args, report)
-        else:
-            prepare(options_of(args), report=report)
-    return 0
+    if not args.append:
+        return run_until_signalled(lambda: _prepare(args, report), left=lambda: what_is_left(args.out))
+    before = DatasetInfo.load(args.out).fingerprint
+
+    def left() -> str:
+        is_old = DatasetInfo.load(args.out).fingerprint == before
+        return f"{args.out} is {'as it was, without' if is_old else 'complete, with'} the new logs"
+
+    return run_until_signalled(lambda: _append(args, report), left=left)

@@ -6,6 +6,7 @@ Legend: R = rows of a row group, E = events of all these rows, G = row groups of
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
-from .checks import check_columns, first_faults, misfits
+from .checks import check_features, check_numbers, column_types, first_faults, misfit_column, misfits, type_name
 from .config import FeatureConfig
 from .errors import UserError
 from .faults import Fault
@@ -62,11 +63,22 @@ class Histories:
     """Rows, by their number in this group, that must not be used; -1 stands for all of them."""
 
 
+@dataclass(frozen=True)
+class _Footer:
+    """What is kept of a file's footer."""
+
+    rows_of_groups: list[int]
+    user_id: str
+    """The type of the user ids."""
+
+
 class Reader:
     """The history files of a dataset as one sequence of rows and row groups.
 
-    Raises UserError if a feature's column is missing or of a kind that the feature cannot read, if a file is missing,
-    has other columns than the dataset says, or cannot be fetched; and for damaged data if `bad_data` is "error".
+    Raises UserError if the dataset has no column for a feature or one that the feature cannot read, and if a file
+    cannot be fetched; if `bad_data` is "error", also for data that is damaged: files that are missing, broken off, or
+    of other columns or numbers of rows than the dataset says, row groups that fail their checksums, rows that break a
+    rule.
     """
 
     def __init__(
@@ -85,12 +97,15 @@ class Reader:
         self._open = lru_cache(maxsize=OPEN_FILES)(self._open_file)
         self.faults: list[Fault] = []
         """What opening the dataset found damaged."""
+        check_features(column_types(info, features, user_id=None), info, features)
+        check_numbers(info, numbers)
         rows_of_groups: list[list[int]] = []
         files: list[int] = []
-        for file, found in enumerate(_in_parallel(self._groups_of, len(info.files), "opening")):
+        for file, found in enumerate(self._footers()):
             if isinstance(found, Fault):
+                self._refuse(found)
                 self.faults.append(found)
-            rows_of_groups.append([info.files[file].rows] if isinstance(found, Fault) else found)
+            rows_of_groups.append([info.files[file].rows] if isinstance(found, Fault) else found.rows_of_groups)
             files += [_BROKEN if isinstance(found, Fault) else file] * len(rows_of_groups[-1])
         self._file = np.array(files, np.int64)
         """[G] the file of each row group. One without a footer counts as one row group, of which nothing is read, so
@@ -118,8 +133,20 @@ class Reader:
         return samples
 
     def counts_of(self, groups: Integers) -> RowCounts:
-        """The counts of all rows of these row groups, one group after the other."""
-        parts = [self._counts(group)[0] for group in groups.tolist()]
+        """The counts of all rows of these row groups, one group after the other.
+
+        Raises UserError for damage that `num_samples` did not find, whatever `bad_data` says: ranks that saw the file
+        before and after it was damaged would not agree on the order of the samples.
+        """
+        parts, known = [], {str(fault) for fault in self.faults}
+        for group in groups.tolist():
+            counts, faults = self._counts(group)
+            if new := [fault for fault in faults if str(fault) not in known]:
+                raise UserError(
+                    f"{new[0]}: {new[0].problem}; it was whole when the run opened the dataset, and the order of "
+                    "samples follows from it: restore the file and start again to continue"
+                )
+            parts.append(counts)
         return RowCounts(*(np.concatenate([getattr(part, name) for part in parts]) for name in COUNT_COLUMNS))
 
     def read(self, group: int) -> Histories:
@@ -129,7 +156,7 @@ class Reader:
         try:
             table = self._file_of(group).read(int(self._group[group]), columns)
         except Damaged as damaged:
-            fault = self._fault(group, damaged.problem, column=damaged.column)
+            fault = self._fault(group, damaged.problem, column=damaged.column, num_rows=num_rows)
             self._refuse(fault)
             return Histories(first, np.zeros(num_rows + 1, np.int64), {}, {}, {-1: fault})
         return self._decode(group, first, table)
@@ -178,7 +205,7 @@ class Reader:
         try:
             table = self._file_of(group).read(int(self._group[group]), COUNT_COLUMNS)
         except Damaged as damaged:
-            fault = self._fault(group, damaged.problem, column=damaged.column)
+            fault = self._fault(group, damaged.problem, column=damaged.column, num_rows=self._num_rows(group))
             self._refuse(fault)
             return zeros, [fault]
         columns, is_valid = zip(*(_numbers(_whole(table[name])) for name in COUNT_COLUMNS), strict=True)
@@ -198,22 +225,35 @@ class Reader:
             self._refuse(fault)
         return RowCounts(*(np.where(is_right, column, 0).astype(np.int32) for column in columns)), faults
 
-    def _groups_of(self, file: int) -> list[int] | Fault:
-        """Rows of each row group of a file, whose columns are those of the dataset."""
-        declared = self._info.files[file]
+    def _footers(self) -> list[_Footer | Fault]:
+        """What the footer of each file says, or what is wrong with the file."""
+        found = list(_in_parallel(self._footer, len(self._info.files), "opening"))
+        if "user_id" not in self._features:
+            return found
+        # dataset.json does not say which type user ids have: a file that differs from most is taken for the wrong one.
+        held = Counter(each.user_id for each in found if isinstance(each, _Footer))
+        user_id = held.most_common(1)[0][0] if held else None
+        check_features(column_types(self._info, self._features, user_id=user_id), self._info, self._features)
+        for file, each in enumerate(found):
+            if isinstance(each, _Footer) and each.user_id != user_id:
+                found[file] = self._file_fault(file, f"{each.user_id}, but other files hold {user_id}", "user_id")
+        return found
+
+    def _footer(self, file: int) -> _Footer | Fault:
         try:
             opened = self._open(file)
         except Damaged as damaged:
-            fault = Fault(self._storage.name_of(declared.path), damaged.problem)
-            self._refuse(fault)
-            return fault
-        name, metadata = self._storage.name_of(declared.path), opened.metadata
-        check_columns(name, opened.schema, self._info, self._features, self._numbers)
+            return self._file_fault(file, damaged.problem)
+        schema, metadata, declared = opened.schema, opened.metadata, self._info.files[file]
+        types = column_types(self._info, [*self._features, *self._numbers], user_id=None)
+        if misfit := misfit_column(schema, types):
+            return self._file_fault(file, misfit[1], misfit[0])
         if metadata.num_rows != declared.rows:
-            raise UserError(
-                f"{name} has {metadata.num_rows} rows, dataset.json says {declared.rows}; prepare the dataset again"
-            )
-        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            return self._file_fault(file, f"{metadata.num_rows} rows, but dataset.json says {declared.rows}")
+        return _Footer(
+            rows_of_groups=[metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)],
+            user_id=type_name(schema, "user_id") if "user_id" in schema.names else "no such column",
+        )
 
     def _open_file(self, file: int) -> ParquetFile:
         return ParquetFile(self._storage, self._info.files[file].path)
@@ -224,11 +264,18 @@ class Reader:
     def _num_rows(self, group: int) -> int:
         return int(self.group_begin[group + 1] - self.group_begin[group])
 
-    def _fault(self, group: int, problem: str, *, row: int | None = None, column: str | None = None) -> Fault:
+    def _file_fault(self, file: int, problem: str, column: str | None = None) -> Fault:
+        declared = self._info.files[file]
+        return Fault(self._storage.name_of(declared.path), problem, column=column, num_rows=declared.rows)
+
+    def _fault(
+        self, group: int, problem: str, *, row: int | None = None, column: str | None = None, num_rows: int = 1
+    ) -> Fault:
         file, first = int(self._file[group]), int(self.group_begin[group] - self.file_begin[self._file[group]])
         name = self._storage.name_of(self._info.files[file].path)
         number = int(self._group[group])
-        return Fault(name, problem, row_group=number, row=None if row is None else first + row, column=column)
+        place = None if row is None else first + row
+        return Fault(name, problem, row_group=number, row=place, column=column, num_rows=num_rows)
 
     def _refuse(self, fault: Fault) -> None:
         if self._fails:

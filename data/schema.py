@@ -154,7 +154,8 @@ class SourceFile:
 class DatasetInfo:
     """Everything `dataset.json` says, and the folder (`root`) it was read from."""
 
-    root: Path
+    root: Path | str
+    """A text is the address of a folder in an object store, as messages show it, without keys."""
     roles: Roles
     columns: dict[str, Column]
     vocabularies: dict[str, Vocabulary]
@@ -204,9 +205,16 @@ class DatasetInfo:
         """Declared columns with one value per user, in declared order."""
         return [name for name, column in self.columns.items() if column.kind == "user"]
 
+    @property
+    def folder(self) -> Path:
+        """`root`, where that is on this machine; raises UserError else."""
+        if isinstance(self.root, str):
+            raise UserError(f"{self.root} is in an object store, and this needs a folder of this machine; copy it here")
+        return self.root
+
     def locate(self, relative: str) -> Path:
-        """The place of a file that the dataset names relative to itself."""
-        return self.root / relative
+        """The place of a file that the dataset names relative to itself. Raises UserError as `folder` does."""
+        return self.folder / relative
 
     @classmethod
     def load(cls, dir_path: str | os.PathLike[str]) -> "DatasetInfo":
@@ -218,30 +226,30 @@ class DatasetInfo:
         return cls.parse(_read_json(root), root)
 
     @classmethod
-    def parse(cls, raw: Mapping[str, Any], root: Path) -> "DatasetInfo":
+    def parse(cls, raw: Mapping[str, Any], root: Path | str) -> "DatasetInfo":
         """What the content of a `dataset.json` says of the dataset in `root`. Raises UserError as `load` does."""
-        version = raw.get("schema_version")
+        version, name = raw.get("schema_version"), f"{root}/{DATASET_FILE}"
         if not isinstance(version, int) or version < 1:
-            raise UserError(f"{root / DATASET_FILE}: schema_version={version!r} is not a version; prepare it again")
+            raise UserError(f"{name}: schema_version={version!r} is not a version; prepare it again")
         if version > SCHEMA_VERSION:
             raise UserError(
-                f"{root / DATASET_FILE}: schema_version={version}, but this ultrarec reads up to {SCHEMA_VERSION}; "
+                f"{name}: schema_version={version}, but this ultrarec reads up to {SCHEMA_VERSION}; "
                 "upgrade ultrarec or prepare the dataset again"
             )
         try:
             return _from_json(root, raw)
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{root / DATASET_FILE} is damaged ({error!r}); prepare the dataset again") from error
+            raise UserError(f"{name} is damaged ({error!r}); prepare the dataset again") from error
 
     def write(self) -> None:
-        """Write `dataset.json` into `root` in one atomic step; call it when every other file is in place."""
+        """Write `dataset.json` into `root` in one atomic step; call it when every other file is on the disk."""
         raw = {"schema_version": self.schema_version, **dataclasses.asdict(self)}
         del raw["root"]
         raw["split"] = {name: value for name, value in raw["split"].items() if value is not None}
         text = json.dumps(raw, indent=2, ensure_ascii=False)
         # Lists of numbers on one line each; no string of JSON holds a line break, so none is touched.
         text = re.sub(r"\[\n\s+([-\d][-\d.,\s]*)\n\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
-        target = self.root / DATASET_FILE
+        target = self.folder / DATASET_FILE
         temporary = target.with_name(f".{DATASET_FILE}.{os.getpid()}")
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text + "\n")
@@ -283,7 +291,7 @@ def _with_tuples(kind: type[_Facts], raw: Mapping[str, Any]) -> _Facts:
     return kind(**values)
 
 
-def _from_json(root: Path, raw: Mapping[str, Any]) -> DatasetInfo:
+def _from_json(root: Path | str, raw: Mapping[str, Any]) -> DatasetInfo:
     roles = raw["roles"]
     if "items" not in raw["vocabularies"]:
         raise KeyError("vocabularies.items")

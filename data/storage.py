@@ -1,28 +1,39 @@
-"""Files on a disk or an object store, read in ranges, patiently: what fails for a moment is tried again."""
+"""Files on a disk or an object store, read in ranges, patiently: what fails for a while is tried again."""
 
 from __future__ import annotations
 
 import json
+import random
 import re
+import sys
+import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
+from tqdm import tqdm
 
-from .errors import UserError
+from .config import RETRY_SECONDS
+from .errors import StorageError, UserError, counted
+from .locations import is_uri, redacted, shown
 from .schema import DATASET_FILE, DatasetInfo
 
 T = TypeVar("T")
 
-ATTEMPTS = 6
 FIRST_PAUSE = 0.25
-"""Seconds before the second attempt; each further one is twice as long. Busy object stores recover within seconds."""
+"""Seconds before the second attempt, at most; each further one is up to twice as long, until the longest."""
+LONGEST_PAUSE = 15.0
+SECONDS_BETWEEN_REPORTS = 15.0
+SILENT_SECONDS = 5.0
+"""Busy object stores recover within seconds; that is not worth a line."""
 
-_FINAL = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 _REFUSED = re.compile("ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|NO_SUCH_BUCKET")
+
+
+class MissingFileError(UserError):
+    """There is no such file, and the store is sure of it."""
 
 
 class Storage:
@@ -32,8 +43,9 @@ class Storage:
     take them, such as AWS_* variables; messages never repeat them.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, path: str, *, retry_seconds: float = RETRY_SECONDS) -> None:
+        self._path, self._shown = path, shown(path)
+        self._patience = _Patience(retry_seconds)
         if not is_uri(path):
             self._files, self._base = fs.LocalFileSystem(), path
             return
@@ -41,37 +53,116 @@ class Storage:
             self._files, self._base = fs.FileSystem.from_uri(path)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(
-                f"data.path={self.name_of('')} cannot be opened ({_first_line(error)}); give a folder, or a URI with "
-                "one of s3://, gs://, hdfs://"
+                f"data.path={self._shown} cannot be opened ({redacted(_first_line(error), known=path)}); give a "
+                "folder, or a URI with one of s3://, gs://, hdfs://, in which special characters of a key are escaped"
             ) from None
 
     def name_of(self, relative: str) -> str:
         """How messages call a file: its path, or its URI without credentials and options."""
-        folder = re.sub(r"://[^/@]*@", "://", self._path.partition("?")[0]).rstrip("/")
-        return f"{folder}/{relative}" if relative else folder
+        return f"{self._shown.rstrip('/')}/{relative}"
 
     def open(self, relative: str) -> StoredFile:
-        """A file of the dataset. Raises UserError if there is none, or the store does not answer."""
-        name = self.name_of(relative)
-        return patiently(lambda: StoredFile(name, self._files.open_input_file(f"{self._base}/{relative}")), name)
+        """A file of the dataset.
+
+        Raises MissingFileError if there is none, UserError if the store refuses it, StorageError if it stays silent.
+        """
+        return StoredFile(self, relative)
+
+    def close(self) -> None:
+        """Wake whoever waits for the store, and give up."""
+        self._patience.end()
+
+    def native(self, relative: str) -> pa.NativeFile:
+        """What pyarrow opens; OSError where that fails."""
+        return self._files.open_input_file(f"{self._base}/{relative}")
+
+    def patiently(self, action: Callable[[], T], what: str) -> T:
+        """What `action` returns; one that fails is repeated with growing pauses, for `retry_seconds`.
+
+        Raises UserError, which names `what`, at once if the store says that another attempt is no use, else
+        StorageError at the end.
+        """
+        begin, attempts = time.monotonic(), 0
+        while True:
+            attempts += 1
+            try:
+                result = action()
+            except OSError as error:
+                failure, reason = error, redacted(_first_line(error), known=self._path)
+            else:
+                self._patience.recovered(what, time.monotonic() - begin)
+                return result
+            _raise_if_final(failure, reason, what)
+            waited = time.monotonic() - begin
+            if not self._patience.waits(what, reason, attempts=attempts, waited=waited):
+                raise StorageError(
+                    f"{what} cannot be read: {counted(attempts, 'attempt')} in {waited:.0f} seconds failed ({reason}); "
+                    "check the storage and the network, then start again to continue; data.retry_seconds says how long "
+                    "to try"
+                ) from None
+
+
+class _Patience:
+    """How long and how often a store that fails is asked again; shared by all threads that read from it."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._reported = -SECONDS_BETWEEN_REPORTS
+        self._is_down = False
+
+    def waits(self, what: str, reason: str, *, attempts: int, waited: float) -> bool:
+        """Pause before another attempt; False if there shall be none."""
+        left = self._seconds - waited
+        if left <= 0:
+            return False
+        self._report(what, reason, waited=waited, left=left)
+        # Half of it by chance: thousands of readers of one store must not come back all at once.
+        pause = min(FIRST_PAUSE * 2 ** min(attempts - 1, 16), LONGEST_PAUSE) * random.uniform(0.5, 1)
+        return not self._ended.wait(min(pause, left))
+
+    def recovered(self, what: str, waited: float) -> None:
+        """An attempt has succeeded."""
+        if self._is_down:
+            with self._lock:
+                self._is_down, was_down = False, self._is_down
+            if was_down:
+                _say(f"{what} answers again, after {waited:.0f} seconds")
+
+    def end(self) -> None:
+        """No more attempts."""
+        self._ended.set()
+
+    def _report(self, what: str, reason: str, *, waited: float, left: float) -> None:
+        """Say now and then what is being waited for; one line, however many threads wait."""
+        if waited < min(SILENT_SECONDS, self._seconds / 2):
+            return
+        with self._lock:
+            if time.monotonic() - self._reported < SECONDS_BETWEEN_REPORTS:
+                return
+            self._reported, self._is_down = time.monotonic(), True
+        _say(f"{what} does not answer ({reason}); trying again for up to {left:.0f} more seconds")
 
 
 class StoredFile:
     """An open file, of which any thread may read any range."""
 
-    def __init__(self, name: str, file: pa.NativeFile) -> None:
-        self.name = name
-        self._file = file
-        self.size: int = file.size()
+    def __init__(self, storage: Storage, relative: str) -> None:
+        self.name = storage.name_of(relative)
+        self._storage = storage
+        self._file: pa.NativeFile
+        self.size: int
+        self._file, self.size = storage.patiently(lambda: _opened(storage.native(relative)), self.name)
 
     def read(self, begin: int, length: int, what: str) -> pa.Buffer:
         """`length` bytes from `begin`; `what` names them in errors.
 
-        Raises EOFError if the file ends before, UserError if the store does not answer.
+        Raises EOFError if the file ends before, StorageError if the store does not answer.
         """
-        if begin < 0 or begin + length > self.size:
+        if begin + length > self.size:
             raise EOFError(f"the file ends at byte {self.size}, before byte {begin + length}")
-        return patiently(lambda: self._read(begin, length), f"{self.name}{what}")
+        return self._storage.patiently(lambda: self._read(begin, length), f"{self.name}{what}")
 
     def _read(self, begin: int, length: int) -> pa.Buffer:
         # Not `read_buffer` after a seek: threads share the file.
@@ -81,46 +172,42 @@ class StoredFile:
         return pa.py_buffer(data)
 
 
-def patiently(action: Callable[[], T], what: str) -> T:
-    """What `action` returns; an action that fails is repeated with growing pauses.
-
-    Raises UserError, which names `what`, at once if the store says that another attempt is no use, else at the end.
-    """
-    begin = time.monotonic()
-    for attempt in range(ATTEMPTS):
-        try:
-            return action()
-        except OSError as error:
-            failure = error
-        if isinstance(failure, _FINAL) or _REFUSED.search(str(failure)):
-            raise UserError(
-                f"{what} cannot be read ({_first_line(failure)}); restore it and its permissions, "
-                "or prepare the dataset again"
-            ) from None
-        if attempt < ATTEMPTS - 1:
-            time.sleep(FIRST_PAUSE * 2**attempt)
-    raise UserError(
-        f"{what} cannot be read: {ATTEMPTS} attempts in {time.monotonic() - begin:.0f} seconds failed "
-        f"({_first_line(failure)}); check the storage and the network, then start again to continue"
-    ) from failure
-
-
-def load_dataset(path: str) -> DatasetInfo:
+def load_dataset(path: str, *, retry_seconds: float = RETRY_SECONDS) -> DatasetInfo:
     """What `dataset.json` of a dataset says, wherever it is. Raises UserError if there is none, or it is damaged."""
     if not is_uri(path):
         return DatasetInfo.load(path)
-    file = Storage(path).open(DATASET_FILE)
+    file = Storage(path, retry_seconds=retry_seconds).open(DATASET_FILE)
     content = file.read(0, file.size, "").to_pybytes()
     try:
         raw = json.loads(content)
     except ValueError as error:
         raise UserError(f"{file.name} is damaged ({error}); prepare the dataset again") from error
-    return DatasetInfo.parse(raw, Path(path))
+    if not isinstance(raw, dict):
+        raise UserError(f"{file.name} holds no JSON object; prepare the dataset again")
+    return DatasetInfo.parse(raw, shown(path))
 
 
-def is_uri(path: str) -> bool:
-    """Whether this names a place by its scheme, and is no local path."""
-    return "://" in path
+def _opened(file: pa.NativeFile) -> tuple[pa.NativeFile, int]:
+    return file, file.size()
+
+
+def _raise_if_final(failure: OSError, reason: str, what: str) -> None:
+    if isinstance(failure, FileNotFoundError) and not _REFUSED.search(reason):
+        raise MissingFileError(
+            f"{what} cannot be read: there is no such file; restore it, or prepare the dataset again"
+        ) from None
+    if isinstance(failure, (IsADirectoryError, NotADirectoryError)):
+        raise UserError(f"{what} cannot be read ({reason}); restore it, or prepare the dataset again") from None
+    if isinstance(failure, (FileNotFoundError, PermissionError)) or _REFUSED.search(reason):
+        raise UserError(
+            f"{what} cannot be read ({reason}); check the path and its permissions, and, of a store, the keys: no file "
+            "of a run keeps those of an address, so give them as the store's own tools take them, or in data.path"
+        ) from None
+
+
+def _say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
 
 
 def _first_line(error: BaseException) -> str:

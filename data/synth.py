@@ -2,16 +2,16 @@
 
 import argparse
 import sys
-from pathlib import Path
 
-from .atomic import temporary_beside, termination_as_interruption
+from .atomic import run_until_signalled, temporary_beside, what_is_left
 from .errors import UserError
+from .locations import local_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ultrarec synth` on `parser`."""
     add = parser.add_argument
-    add("--out", required=True, type=Path, metavar="DIR", help="folder for the Parquet files; must not exist")
+    add("--out", required=True, type=local_path, metavar="DIR", help="folder for the Parquet files; must not exist")
     add("--users", required=True, type=int, metavar="N")
     add("--items", required=True, type=int, metavar="N", help="in the catalogue; popularity decides how many occur")
     add("--events-per-user", required=True, type=float, metavar="N", help="mean; lengths are log-normal")
@@ -32,9 +32,12 @@ def run(args: argparse.Namespace) -> int:
     from .synthetic_log import LogSpec, write_log
 
     spec = LogSpec(users=args.users, items=args.items, events_per_user=args.events_per_user, seed=args.seed)
-    with termination_as_interruption(), temporary_beside(args.out) as folder:
-        root = folder / "log"
-        write_log(spec, root, report=lambda line: print(line, file=sys.stderr, flush=True))
-        root.rename(args.out)
-    print(f"{args.out}: made; {args.out}/_synth.json has what the best model can reach", file=sys.stderr)
-    return 0
+
+    def make() -> None:
+        with temporary_beside(args.out) as folder:
+            root = folder / "log"
+            write_log(spec, root, report=lambda line: print(line, file=sys.stderr, flush=True))
+            root.rename(args.out)
+        print(f"{args.out}: made; {args.out}/_synth.json has what the best model can reach", file=sys.stderr)
+
+    return run_until_signalled(make, left=lambda: what_is_left(args.out))

@@ -21,8 +21,10 @@ COLUMNS = ("first scan", "scan", "first epoch", "epoch", "per thread", "first", 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ultrarec bench loader`."""
+    from ..data.locations import local_path
+
     parser.add_argument(
-        "path", nargs="?", type=Path, metavar="DIR", help="a prepared dataset (default: synthetic ones)"
+        "path", nargs="?", type=local_path, metavar="DIR", help="a prepared dataset (default: synthetic ones)"
     )
     parser.add_argument("--ranks", type=_positive, default=1, metavar="N", help="processes (default: 1)")
     parser.add_argument(

@@ -220,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `ultrarec`.
 
     Returns:
-        The exit code: 0 done, 1 the command's own negative answer, 2 the user can mend it, 130 after Ctrl-C.
+        The exit code: 0 done, 1 the command's own negative answer, 2 the user can mend it, 75 storage did not answer,
+        130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser, runs = _parser(argv)
@@ -233,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _is_for_the_user(error):
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -45,7 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="size",
         help="default: the recipe's launch section; with MIN, the job goes on when it loses nodes down to that number",
     )
-    parser.add_argument("--out", metavar="DIR", help="run folder (default: runs/ and the recipe's name)")
+    from ..data.locations import local_path
+
+    parser.add_argument(
+        "--out",
+        type=lambda text: str(local_path(text)),
+        metavar="DIR",
+        help="run folder (default: runs/ and the recipe's name)",
+    )
     parser.add_argument("--dryrun", action="store_true", help="print the request and submit nothing")
     parser.add_argument(
         "--set",
@@ -72,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
     from torchx.runner import get_runner
 
+    from ..data.locations import redacted
     from . import application, local
 
     out = args.out or application.default_out(args.recipe)
@@ -97,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         if args.scheduler == "local_cwd":
             local.divide_gpus(request, local.gpus_for(config.trainer.device), size)
         if args.dryrun:
-            print(request)
+            print(redacted(str(request)))
             return 0
         if args.scheduler == "local_cwd":
             return local.run(runner, request, out=Path(out), size=size, grace_seconds=config.launch.grace_seconds)

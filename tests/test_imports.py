@@ -25,7 +25,7 @@ MAY_IMPORT = {
 MAY_IMPORT_IN_FUNCTIONS = {**MAY_IMPORT, "launch": EVERYWHERE}
 LIGHT_FILES = ("config.py", "schema.py")
 LIGHT_PACKAGES = ("pydantic", "tomli", "tomli_w")
-LIGHT_OWN = ("config", "schema", "errors")
+LIGHT_OWN = ("config", "schema", "errors", "locations")
 DOCSTRING_ONLY = tuple(folder for folder in FOLDERS if folder != "kernels")
 
 

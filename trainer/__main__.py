@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ..data.errors import UserError
+from ..data.errors import StorageError, UserError
+from ..data.locations import local_path
 from .attempts import final_exit_code, remember_final
 from .config import load_config
 from .noise import silence
@@ -21,7 +22,9 @@ SECONDS_FOR_RANK_0 = 3.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ultrarec train`."""
     parser.add_argument("recipe", metavar="RECIPE|FILE.toml", help="name of a recipe, or path of a TOML file")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/ and the recipe's name)")
+    parser.add_argument(
+        "--out", type=local_path, metavar="DIR", help="run folder (default: runs/ and the recipe's name)"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -74,13 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(parser.parse_args(argv))
     except UserError as error:
-        remember_final(2)
+        if not isinstance(error, StorageError):  # which may answer again by the next attempt
+            remember_final(error.exit_code)
         if os.environ.get("RANK", "0") != "0":
             # Mostly every rank finds the same fault; torchrun ends them all once rank 0 has said it and ended.
             time.sleep(SECONDS_FOR_RANK_0)
         with suppress(OSError):
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
 
 
 if __name__ == "__main__":

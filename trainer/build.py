@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from ..data.batch import Batch
+from ..data.config import DataConfig
 from ..data.errors import UserError
+from ..data.items import read_items
 from ..data.loader import Loader, LoaderState
+from ..data.locations import shown
 from ..data.samples import NextItemSampler, RankingSampler, Split
 from ..data.schema import DatasetInfo
+from ..data.storage import Storage
 from ..data.storage import load_dataset as load_info
 from ..embeddings.lookup import Lookup, init_tables
 from ..embeddings.plan import describe_plan, make_plan
@@ -78,7 +81,7 @@ def sampler_of(config: Config) -> RankingSampler | NextItemSampler:
 
 def build_recommender(config: Config, info: DatasetInfo) -> Recommender:
     """The whole model with tables on the meta device, its dense weights drawn from `trainer.seed`."""
-    popularity = item_shares(info) if config.objective.num_in_batch else None
+    popularity = item_shares(config.data, info) if config.objective.num_in_batch else None
     return recommender_of(config, num_items=info.num_items, actions=info.roles.actions, popularity=popularity)
 
 
@@ -114,9 +117,9 @@ def recommender_of(
     return Recommender(Lookup(tables, config.embeddings), model)
 
 
-def item_shares(info: DatasetInfo) -> Tensor:
+def item_shares(data: DataConfig, info: DatasetInfo) -> Tensor:
     """Each item's share of the training events by dense id, [items + 1] float32; the unknown item has none."""
-    counts = pq.read_table(info.locate(info.vocabularies["items"].path), columns=["id", "count"])
+    counts = read_items(Storage(data.path, retry_seconds=data.retry_seconds), info, ["id", "count"])
     shares = torch.zeros(info.num_items + 1)
     ids, times = (torch.from_numpy(counts[name].to_numpy().copy()) for name in ("id", "count"))
     shares[ids] = times.float()
@@ -140,12 +143,13 @@ def shard(recommender: Recommender, config: Config, world: World) -> Sharded:
 
 def load_dataset(config: Config) -> DatasetInfo:
     """What `ultrarec prepare` wrote, checked against what the recipe asks of it."""
-    info = load_info(config.data.path)
+    info = load_info(config.data.path, retry_seconds=config.data.retry_seconds)
+    path = shown(config.data.path)
     if info.counts.train_events == 0:
-        raise UserError(f"{config.data.path} has no training events; prepare it with another split")
+        raise UserError(f"{path} has no training events; prepare it with another split")
     if config.trainer.evaluate_every is not None and info.counts.validation_events == 0:
         raise UserError(
-            f"trainer.evaluate_every={config.trainer.evaluate_every}, but {config.data.path} has no validation events; "
+            f"trainer.evaluate_every={config.trainer.evaluate_every}, but {path} has no validation events; "
             "prepare it with --leave-last or --validation-time, or remove the setting"
         )
     return info

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.errors import UserError
+from ..data.locations import local_path
 from .config import load_config
 from .manifest import MANIFEST, DamagedError, Manifest, all_checkpoints, checkpoints_at, step_of, use_newest
 from .storage import Location, checkpoint_home, location
@@ -36,10 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "diff":
             action.add_argument("other", metavar="OTHER", help="what to compare it with, likewise")
         if name == "export":
-            action.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder to write")
+            action.add_argument("--out", type=local_path, required=True, metavar="DIR", help="new folder to write")
             action.add_argument(
                 "--dataset",
-                type=Path,
                 metavar="DIR",
                 help="prepared dataset that tells original item ids (default: data.path of the run's config.toml)",
             )
@@ -118,7 +118,7 @@ def diff(left: Location, right: Location) -> int:
     return int(bool(lines))
 
 
-def export(place: Location, out: Path, *, dataset: Path | None) -> int:
+def export(place: Location, out: Path, *, dataset: str | None) -> int:
     """Write a checkpoint for other programs."""
     if out.exists():
         # Before torch is imported, which takes seconds.
@@ -165,12 +165,12 @@ def _home(text: str) -> Location:
     return place
 
 
-def _dataset_of(text: str) -> Path | None:
+def _dataset_of(text: str) -> str | None:
     """The dataset of the run folder that a path names or lies in."""
     place = location(text)
     for folder in (place, *place.parents[:2]) if isinstance(place, Path) else ():
         if (folder / "config.toml").is_file():
-            return Path(load_config(str(folder / "config.toml")).data.path)
+            return load_config(str(folder / "config.toml")).data.path
     return None
 
 

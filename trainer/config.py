@@ -13,8 +13,9 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..data.config import DataConfig
+from ..data.config import RETRY_SECONDS, DataConfig
 from ..data.errors import UserError
+from ..data.locations import redacted
 from ..embeddings.config import EmbeddingsConfig, MomentDecay
 from ..model.config import ModelConfig, ObjectiveConfig
 
@@ -136,6 +137,16 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     launch: LaunchConfig = LaunchConfig()
 
+    @model_validator(mode="after")
+    def _retries_end_before_the_watchdog(self) -> Config:
+        retry, watchdog = self.data.retry_seconds, self.trainer.watchdog_seconds
+        if retry != RETRY_SECONDS and retry >= watchdog:
+            raise ValueError(
+                f"data.retry_seconds={retry:g} is not shorter than trainer.watchdog_seconds={watchdog:g}, which would "
+                "end the step that waits for the data; raise that, and trainer.timeout_seconds above it"
+            )
+        return self
+
     def to_toml(self) -> str:
         """This configuration as a TOML text that `load_config` reads back to an equal value."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
@@ -143,7 +154,7 @@ class Config(Section):
     def training_hash(self) -> str:
         """Identity of what a checkpoint belongs to: model, tables, objective, and the order of the data."""
         identity = self.model_dump(mode="json", include={"data", "embeddings", "model", "objective"})
-        for name in ("path", "evaluate_rows", "threads", "prefetch", "bad_data", "audit"):
+        for name in ("path", "evaluate_rows", "threads", "prefetch", "bad_data", "retry_seconds", "audit"):
             del identity["data"][name]
         for name in ("sharding", "hbm_gib"):
             del identity["embeddings"][name]
@@ -210,12 +221,14 @@ def _override(tree: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     parts = name.strip().split(".")
     if not separator or len(parts) < 2 or not all(parts):
-        raise UserError(f"--set {override!r}: expected section.field=value, e.g. --set trainer.max_steps=100")
+        raise UserError(
+            f"--set {redacted(repr(override))}: expected section.field=value, e.g. --set trainer.max_steps=100"
+        )
     section = tree
     for part in parts[:-1]:
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
-            raise UserError(f"--set {override!r}: {part!r} is a value, not a section")
+            raise UserError(f"--set {redacted(repr(override))}: {part!r} is a value, not a section")
     if text.strip():
         section[parts[-1]] = _toml_value(text.strip())
     elif section.pop(parts[-1], None) is None:
@@ -241,7 +254,7 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "value_error":
         # A section's own rules name their settings in full; below it, the place says which feature is meant.
         return message if len(problem["loc"]) < 2 else f"{place}: {message}"
-    return f"{place}={problem['input']!r}: {message[:1].lower()}{message[1:]}"
+    return f"{place}={redacted(repr(problem['input']))}: {message[:1].lower()}{message[1:]}"
 
 
 def _known_names(place: tuple[Any, ...]) -> str:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tqdm import tqdm
 
 from ..data.batch import Batch
+from ..data.faults import SkippedSample
 from ..data.loader import Loader
 from ..data.samples import Split
 from ..data.schema import DatasetInfo
@@ -44,24 +46,29 @@ class Evaluator:
         events: dict[Split, int] = {"validation": counts.validation_events, "test": counts.test_events}
         return [split for split, number in events.items() if number]
 
-    def __call__(self, split: Split) -> dict[str, float]:
-        """The metrics of a split, equal on every rank."""
-        training = self.parallel.training
+    def __call__(self, split: Split, *, left_out: list[SkippedSample] | None = None) -> dict[str, float]:
+        """The metrics of a split, equal on every rank; `left_out` takes up this rank's samples that are damaged."""
+        training, left_out = self.parallel.training, [] if left_out is None else left_out
         self.parallel.eval()
         try:
             with torch.no_grad():
-                return self._evaluate_next_item(split) if self._is_next_item else self._evaluate_ranking(split)
+                evaluate = self._evaluate_next_item if self._is_next_item else self._evaluate_ranking
+                metrics = evaluate(self._batches(split, left_out))
         finally:
             self.parallel.train(training)
+        if self.config.data.bad_data == "skip":
+            metrics["skipped_samples"] = float(sum_over_ranks(torch.tensor([len(left_out)])))
+        return metrics
 
     @property
     def _is_next_item(self) -> bool:
         return self.config.objective.kind == "next_item"
 
-    def _batches(self, split: Split) -> Iterator[Batch]:
+    def _batches(self, split: Split, left_out: list[SkippedSample]) -> Iterator[Batch]:
         loader = build_loader(self.config, self.info, self.world, split=split)
         hidden = not self.world.is_main
         for batch in tqdm(loader, total=len_of(loader), desc=split, unit="batch", leave=False, disable=hidden or None):
+            left_out += batch.skipped
             yield batch.to(self.world.device, non_blocking=True)
 
     def _forward(self, batch: Batch) -> tuple[Tensor, RankingOutput | NextItemOutput]:
@@ -69,34 +76,38 @@ class Evaluator:
         with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16):
             return self.parallel(batch)
 
-    def _evaluate_ranking(self, split: Split) -> dict[str, float]:
+    def _evaluate_ranking(self, batches: Iterator[Batch]) -> dict[str, float]:
         loss, outputs = torch.zeros((), dtype=torch.float64, device=self.world.device), []
-        for batch in self._batches(split):
+        for batch in batches:
             loss_sum, output = self._forward(batch)
             loss += loss_sum.double()
             outputs.append(output)
+        if not outputs:  # all of the split's files are damaged, as every rank has found
+            return {"loss": math.nan}
         logits, labels, users = (
             gather_rows(torch.cat([getattr(output, name) for output in outputs]))
             for name in ("logits", "labels", "users")
         )
-        mean_loss = float(sum_over_ranks(loss)) / len(labels)
+        total = float(sum_over_ranks(loss))
+        if not len(labels):
+            return {"loss": math.nan}
         objective, binary = self.config.objective, len(self.config.objective.tasks)
         return {
-            "loss": mean_loss,
+            "loss": total / len(labels),
             **ranking_metrics(logits[:, :binary], labels[:, :binary], users, objective.tasks),
             **regression_metrics(logits[:, binary:], labels[:, binary:], tuple(objective.regressions)),
         }
 
-    def _evaluate_next_item(self, split: Split) -> dict[str, float]:
+    def _evaluate_next_item(self, batches: Iterator[Batch]) -> dict[str, float]:
         users, targets, seen = [], [], []
-        for batch in self._batches(split):
+        for batch in batches:
             _, output = self._forward(batch)
             assert isinstance(output, NextItemOutput)
             real = batch.labels.numel()  # a padding batch has a sample, but no label
             users.append(output.user_vectors[:real])
             targets.append(batch.labels)
             seen += split_inputs(batch)[:real]
-        # A split whose events all lack a history gives no sample, on no rank.
+        # A split whose events all lack a history, or are damaged, gives no sample, on no rank.
         ranks = self._ranks(torch.cat(users), torch.cat(targets), seen) if users else torch.zeros(0)
         return next_item_metrics(gather_rows(ranks))
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..data.errors import UserError
+from ..data.locations import shown
 from .config import CheckpointConfig, Config, load_config
 from .manifest import checkpoint_folder, complete_checkpoints, newest_readable, step_of, use_newest
 from .noise import silence
@@ -62,8 +63,9 @@ def held_out_metrics(
     manifest = newest_readable(folders)
     if manifest is not None and (trained_on := manifest.dataset) != info.fingerprint:
         raise UserError(
-            f"{folders[-1]} was trained on another dataset than {config.data.path} is now (fingerprints {trained_on} "
-            f"and {info.fingerprint}): ids would mean other items; say where its own is with --set data.path=DIR"
+            f"{folders[-1]} was trained on another dataset than {shown(config.data.path)} is now (fingerprints "
+            f"{trained_on} and {info.fingerprint}): ids would mean other items; say where its own is with "
+            "--set data.path=DIR"
         )
     found: dict[str, dict[str, float]] = {}
     with join(config.trainer) as world:
@@ -76,7 +78,9 @@ def held_out_metrics(
         )
         evaluator = Evaluator(config, info, world, sharded.parallel)
         if not evaluator.held_out:
-            raise UserError(f"{config.data.path} holds nothing out; prepare it with --leave-last or --split-time")
+            raise UserError(
+                f"{shown(config.data.path)} holds nothing out; prepare it with --leave-last or --split-time"
+            )
         for split in evaluator.held_out:
             found[split] = {"step": used.value.step, **evaluator(split)}
             if world.is_main:

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..data.errors import UserError
-from ..data.schema import ITEMS_FILE, DatasetInfo
+from ..data.items import read_items
+from ..data.locations import is_uri, shown
+from ..data.storage import Storage, load_dataset
 from ..embeddings.tables import ITEM_TABLE
 from .pieces import Source
 from .storage import Location
@@ -26,7 +28,7 @@ ROWS = 65_536
 """Rows of a table in memory at a time, and in one row group."""
 
 
-def export(folder: Location, out: Path, *, dataset: Path | None) -> None:
+def export(folder: Location, out: Path, *, dataset: str | None) -> None:
     """Write `out`, which must not exist and appears when it is complete.
 
         out/dense.safetensors        dense weights by the names they have in the model
@@ -96,15 +98,15 @@ def _groups(source: Source, table: str) -> Iterator[tuple[int, torch.Tensor]]:
         yield first, vectors
 
 
-def _original_ids(source: Source, dataset: Path | None) -> pa.Array | None:
+def _original_ids(source: Source, dataset: str | None) -> pa.Array | None:
     """By row of the item table, the id in the log; None when no dataset tells."""
-    if dataset is None or not dataset.is_dir():
+    if dataset is None or not (is_uri(dataset) or Path(dataset).is_dir()):
         return None
-    info = DatasetInfo.load(dataset)
+    info = load_dataset(dataset)
     if info.fingerprint != source.manifest.dataset:
         raise UserError(
-            f"{dataset} is not the dataset of {source.folder} (fingerprints {info.fingerprint} and "
+            f"{shown(dataset)} is not the dataset of {source.folder} (fingerprints {info.fingerprint} and "
             f"{source.manifest.dataset}): its ids mean other items; give the right one with --dataset DIR"
         )
-    ids = pq.read_table(dataset / ITEMS_FILE, columns=["id", "item_id"]).sort_by("id")["item_id"].combine_chunks()
+    ids = read_items(Storage(dataset), info, ["id", "item_id"]).sort_by("id")["item_id"].combine_chunks()
     return pa.concat_arrays([pa.nulls(1, ids.type), ids])

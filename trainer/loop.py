@@ -11,6 +11,7 @@ import torch
 
 from ..data.deal import NO_LOADS, Loads
 from ..data.errors import UserError
+from ..data.faults import SkippedSample
 from ..data.loader import Loader
 from ..data.samples import Split
 from . import incidents
@@ -137,7 +138,7 @@ def record(run: Run, step: Step) -> None:
         run.audit.write(step=state.step, epoch=state.epoch, samples=samples, skipped=skipped)
     left_out = [sample for consumed in step.consumed for sample in consumed.batch.skipped]
     run.meter.skipped += len(left_out)
-    run.skips.write(step=state.step, epoch=state.epoch, skipped=left_out)
+    run.skips.write("train", step=state.step, epoch=state.epoch, skipped=left_out)
     run.reporter.advance()
     run.watchdog.beat(state.step)
 
@@ -168,7 +169,7 @@ def log(run: Run, step: Step) -> None:
             **metrics_of(per_rank),
             **({"failed_saves": run.saver.failures} if run.saver.failures else {}),
             **({"unwritten_lines": int(unwritten)} if unwritten else {}),
-            **({"skipped_samples": skipped} if run.config.data.bad_data == "skip" else {}),
+            **(_left_out(run, skipped) if run.config.data.bad_data == "skip" else {}),
         }
     )
     if slow := run.stragglers.take(per_rank):
@@ -177,18 +178,24 @@ def log(run: Run, step: Step) -> None:
     run.meter = Meter()
 
 
+def _left_out(run: Run, skipped: float) -> dict[str, float]:
+    """What is missing of the data: samples since the last line, and the rows that opening the dataset found damaged."""
+    return {"skipped_samples": skipped, "skipped_rows": sum(fault.num_rows for fault in run.loader.faults)}
+
+
 def evaluate(run: Run, split: Split) -> None:
     """Write a line about a held-out split."""
-    start = time.monotonic()
+    start, left_out = time.monotonic(), list[SkippedSample]()
     # The pipeline's rewritten model expects ids that are already exchanged; evaluation runs the plain one.
     run.pipeline.detach()
     with run.timer.phase("evaluation"), run.watchdog.paused():
-        metrics = run.evaluator(split)
+        metrics = run.evaluator(split, left_out=left_out)
     if split == "validation":
         run.state.validated(metrics)
     # Batches in flight have exchanged their ids; attached without this, the pipeline would begin that exchange again,
     # and lose the sizes of the first on several ranks.
     run.pipeline.attach(sparse_dist=False)
+    run.skips.write(split, step=run.state.step, epoch=run.state.epoch, skipped=left_out)
     run.reporter.write({"step": run.state.step, "epoch": run.state.epoch, "split": split, **metrics})
     run.meter.start += time.monotonic() - start
 

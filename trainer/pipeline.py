@@ -14,7 +14,7 @@ from ..data.batch import Batch
 from .config import TrainerConfig
 from .cut import Cut
 from .optimizer import Deferred
-from .parallel import World, gather_objects
+from .parallel import World, gather_objects, sum_over_ranks
 from .signals import HANDLED, StopRequest
 from .timing import Timer
 
@@ -64,18 +64,20 @@ class GuardedPipeline(TrainPipelineSparseDist[Batch, Trained]):
         world: World,
         timer: Timer,
         request: StopRequest,
+        may_skip: bool,
     ) -> None:
+        """`may_skip`: batches may lack samples that were damaged."""
         super().__init__(parallel, Deferred(), world.device, custom_model_fwd=self._scaled_loss)
         self.verdict = Verdict(0.0, (), 0)
         """On the batch that `progress` returned last."""
         self._parallel, self._cut, self._dense = parallel, cut, dense
         self._config, self._world = config, world
-        self._timer, self._request = timer, request
+        self._timer, self._request, self._may_skip = timer, request, may_skip
         self._mean_loss = torch.zeros((), dtype=torch.float64)
 
     def _scaled_loss(self, batch: Batch | None) -> tuple[Tensor, Trained]:
         assert batch is not None
-        config, labels = self._config, max(batch.num_labels, 1)
+        config, labels = self._config, max(self._labels(batch), 1)
         with (
             self._timer.phase("forward"),
             torch.autocast(self._world.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"),
@@ -85,6 +87,12 @@ class GuardedPipeline(TrainPipelineSparseDist[Batch, Trained]):
         # Gradients are averaged over ranks: times their number, they are those of the mean over the global batch.
         scale = self._world.size / (labels * config.accumulate)
         return loss_sum * scale, Trained(batch, loss_sum.detach())
+
+    def _labels(self, batch: Batch) -> int:
+        """Labels of the step over all ranks; ranks tell each other of damaged ones only where there may be some."""
+        if not self._may_skip:
+            return batch.num_labels
+        return batch.num_labels - int(sum_over_ranks(torch.tensor([batch.num_skipped_labels])))
 
     def wait_sparse_data_dist(self, context: TrainPipelineContext) -> None:
         """Begin the exchange of the next batch's ids, once all ranks have told how many they send."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -16,7 +17,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ..data.faults import Fault, SkippedSample
+from ..data.samples import Split
 from .journal import INCIDENTS_FILE, METRICS_FILE, REMIND_SECONDS, Journal, cut_after, tell
+from .storage import put
+
+OPENING_FILE = "opening.jsonl"
 
 
 def metrics_in(line: Mapping[str, Any]) -> dict[str, float | None]:
@@ -143,25 +148,40 @@ def _rows(parts: list[Tensor]) -> list[list[int]]:
 
 
 class SkipLog:
-    """Which samples were left out as damaged: `OUT/skipped/rank-R.jsonl`, there from the first of them on."""
+    """Which samples were left out as damaged: `OUT/skipped/rank-R.jsonl`, there from the first of them on, and
+    `OUT/skipped/opening.jsonl` for what was damaged when the dataset was opened.
+    """
 
     def __init__(self, out: Path, *, rank: int) -> None:
         self.journal = Journal(out / "skipped" / f"rank-{rank}.jsonl")
 
+    @property
+    def folder(self) -> Path:
+        """Where all of it lies."""
+        return self.journal.path.parent
+
+    @property
+    def at_opening(self) -> list[Fault]:
+        """What the last start recorded."""
+        path = self.folder / OPENING_FILE
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [Fault(**json.loads(line)) for line in lines]
+
     def opened(self, faults: Sequence[Fault]) -> None:
         """Record what opening the dataset found damaged: it belongs to no step, and is written anew by every start."""
-        path = self.journal.path.with_name("opening.jsonl")
-        path.unlink(missing_ok=True)
-        opening = Journal(path)
-        for fault in faults:
-            opening.append(asdict(fault))
-        opening.close()
+        path = self.folder / OPENING_FILE
+        content = "".join(json.dumps(asdict(fault)) + "\n" for fault in faults).encode()
+        if not faults:
+            path.unlink(missing_ok=True)
+        elif not path.is_file() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            put(path, content)
 
-    def write(self, *, step: int, epoch: int, skipped: Sequence[SkippedSample]) -> None:
-        """Record the samples that this rank left out of a step, one line each."""
+    def write(self, split: Split, *, step: int, epoch: int, skipped: Sequence[SkippedSample]) -> None:
+        """Record the samples that this rank left out of a step, or of an evaluation after it, one line each."""
         for sample in skipped:
             place = {"rows": [[sample.file, sample.row, sample.sample]], "fault": asdict(sample.fault)}
-            self.journal.append({"step": step, "epoch": epoch, **place})
+            self.journal.append({"step": step, "epoch": epoch, "split": split, **place})
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, columns: list[str]) -> str:

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from ..data.errors import UserError
 from ..data.loader import Loader
+from ..data.locations import shown, without_keys
 from . import checkpoint
-from .build import Sharded, build_loader, build_recommender, load_dataset, shard
+from .build import Sharded, build_recommender, load_dataset, shard
 from .checkpoint import Trainable
 from .config import Config
 from .evaluate import Evaluator
 from .journal import tell
 from .loop import Run
 from .manifest import checkpoints_at, complete_checkpoints, newest_readable, use_newest
+from .opening import open_loader
 from .optimizer import Optimizer
 from .parallel import World, on_main
 from .pipeline import GuardedPipeline
@@ -63,13 +65,12 @@ def assemble(
     trainable = _trainable(config, sharded)
     newest = _take_up(trainable, complete, config, world, owns=owns)
     state = trainable.state
-    loader = build_loader(config, info, world, split="train", state=state.loader)
+    skips = SkipLog(out, rank=world.rank)
+    loader = open_loader(config, info, world, skips, state=state.loader, owns=owns)
     total_steps = trainable.optimizer.total_steps = _total_steps(config, loader)
     on_main(world, lambda: _prepare_folder(config, out, sharded.plan, state.step))
     reporter = Reporter(out, is_main=world.is_main, step=state.step, total_steps=total_steps)
     audit = Audit(out, rank=world.rank) if config.data.audit else None
-    skips = SkipLog(out, rank=world.rank)
-    on_main(world, lambda: skips.opened(loader.faults))
     watchdog = Watchdog(out, rank=world.rank, seconds=config.trainer.watchdog_seconds)
     saver = Saver(
         config.checkpoint,
@@ -126,6 +127,7 @@ def _pipeline(
         world=world,
         timer=timer,
         request=request,
+        may_skip=config.data.bad_data == "skip",
     )
 
 
@@ -143,8 +145,9 @@ def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool) ->
         return complete
     if manifest.dataset != dataset:
         raise UserError(
-            f"{home} holds a run on another dataset than {config.data.path} is now (fingerprints {manifest.dataset} "
-            f"and {dataset}): ids would mean other items; restore the dataset to continue it, or choose another --out"
+            f"{home} holds a run on another dataset than {shown(config.data.path)} is now (fingerprints "
+            f"{manifest.dataset} and {dataset}): ids would mean other items; restore the dataset to continue it, or "
+            "choose another --out"
         )
     if manifest.config_hash != config.training_hash():
         raise UserError(
@@ -194,7 +197,7 @@ def _prepare_folder(config: Config, out: Path, plan: str, step: int) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         forget_after(out, step)
-        _write_if_changed(out / CONFIG_FILE, config.to_toml())
+        _write_if_changed(out / CONFIG_FILE, _without_keys(config).to_toml())
         _write_if_changed(out / PLAN_FILE, plan)
     except OSError as error:
         raise UserError(f"cannot write the run folder {out}: {error.strerror}; choose another --out") from None
@@ -211,6 +214,14 @@ def _write_if_changed(path: Path, text: str) -> None:
         if not exists:
             raise
         tell(f"ATTENTION: {path} stays as the run before left it: {error.strerror or error}")
+
+
+def _without_keys(config: Config) -> Config:
+    """The configuration as a file may hold it: addresses of stores without what opens them."""
+    data = config.data.model_copy(update={"path": without_keys(config.data.path)})
+    places = {name: getattr(config.checkpoint, name) for name in ("path", "start_from")}
+    kept = {name: place and without_keys(place) for name, place in places.items()}
+    return config.model_copy(update={"data": data, "checkpoint": config.checkpoint.model_copy(update=kept)})
 
 
 def _greeting(out: Path, plan: str, newest: Location | None, world: World, total_steps: int, *, is_over: bool) -> str:

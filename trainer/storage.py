@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
 from ..data.errors import UserError
+from ..data.locations import redacted, shown
 from .config import CheckpointConfig
 
 
@@ -112,8 +113,10 @@ def location(text: str) -> Location:
     try:
         filesystem, path = FileSystem.from_uri(text)
     except (ArrowInvalid, NotImplementedError, OSError) as error:
-        raise UserError(f"cannot use {text!r}: {error}; give a folder, or an address such as s3://bucket/run") from None
-    # Keys and options that an address may carry are not for logs.
+        raise UserError(
+            f"cannot use {shown(text)!r}: {redacted(str(error), known=text)}; give a folder, or an address such as "
+            "s3://bucket/run"
+        ) from None
     scheme = text.split("://")[0]
     return RemotePath(path.rstrip("/"), shown=f"{scheme}://{path.rstrip('/')}", filesystem=filesystem)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..data.errors import counted
 from .journal import METRICS_FILE, read_lines
 from .manifest import complete_checkpoints
 from .report import table
@@ -24,6 +25,8 @@ def summary(out: Path, home: Location) -> str:
 def describe(split: str, metrics: Mapping[str, Any]) -> str:
     """One split's metrics as a table: a row per task for ranking, one row for next-item prediction."""
     title = f"{split} (step {metrics['step']})"
+    if skipped := metrics.get("skipped_samples"):
+        title += f", without {counted(int(skipped), 'damaged sample')}"
     tasks = [key.removeprefix("auc/") for key in metrics if key.startswith("auc/")]
     if tasks:
         rows = [{"task": task, **{m: metrics[f"{m}/{task}"] for m in ("auc", "gauc", "ne")}} for task in tasks]

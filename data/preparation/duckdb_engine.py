@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 
 from ..errors import UserError
 from .conversion import Part
@@ -52,6 +53,17 @@ class DuckDbEngine:
         """Keep the result in the file."""
         with _shown(self.database, progress, self._report):
             self.database.execute(f"CREATE TABLE {name} AS {query}")
+
+    def create_numbered(self, name: str, query: str, *, number: str, by: str, first: int, progress: str = "") -> None:
+        """A window over all rows, which DuckDB sorts within its memory limit."""
+        numbered = f"row_number() OVER (ORDER BY {by}) + {first - 1} AS {number}"
+        self.create(name, f"SELECT {numbered}, * FROM ({query})", progress=progress)
+
+    def load(self, name: str, batches: pa.RecordBatchReader) -> None:
+        """Copied into the file."""
+        self.database.register(f"{name}_batches", batches)
+        self.create(name, f"SELECT * FROM {name}_batches")
+        self.database.unregister(f"{name}_batches")
 
     def define(self, name: str, query: str) -> None:
         """Make a view."""

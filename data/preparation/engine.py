@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import pyarrow as pa
+
 from .conversion import Part
 from .sources import Log
 from .streams import Stream
@@ -30,6 +32,14 @@ class Engine(Protocol):
 
     def create(self, name: str, query: str, *, progress: str = "") -> None:
         """Compute a table and keep it; `progress` says what takes long."""
+
+    def create_numbered(self, name: str, query: str, *, number: str, by: str, first: int, progress: str = "") -> None:
+        """Compute a table and keep it, with a BIGINT column `number` that counts from `first` in the order of `by`, of
+        which no two rows have the same.
+        """
+
+    def load(self, name: str, batches: pa.RecordBatchReader) -> None:
+        """Keep rows that come from elsewhere as a table."""
 
     def define(self, name: str, query: str) -> None:
         """Make a view."""

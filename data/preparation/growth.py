@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 
 from ..errors import UserError, counted
 from ..schema import UNKNOWN_ITEM, Counts, DatasetInfo, HistoryFile
-from .duckdb_engine import DuckDbEngine
+from .engine import Engine
 from .merging import merge
 from .options import PrepareOptions
-from .sources import Log, quote_text
+from .sources import Log
 from .split import events_in_order, items_in_order, train_end
 from .staging import Staged, stage
 from .statistics import Integers, ItemCounter, LengthCounter
@@ -31,7 +31,7 @@ from .writing import (
 
 
 def grow(
-    engine: DuckDbEngine,
+    engine: Engine,
     info: DatasetInfo,
     log: Log,
     options: PrepareOptions,
@@ -40,7 +40,10 @@ def grow(
     first_number: int,
     report: Callable[[str], None],
 ) -> DatasetInfo:
-    """Write the files that change or are new to `root`, numbered from `first_number`; what the whole is with them."""
+    """Write the files that change or are new to `root`, numbered from `first_number`; what the whole is with them.
+
+    `log` is as the engine reads it; that it is a source now is for the caller to state.
+    """
     staged = stage(engine, log, options, report=report)
     schema = _check_types(info, staged)
     _make_items(engine, info)
@@ -74,7 +77,6 @@ def grow(
         vocabularies={**info.vocabularies, "items": vocabulary},
         counts=Counts(**{**growth.totals, "items": vocabulary.size}),
         files=tuple(growth.files),
-        sources=info.sources + log.describe(),
         lengths=growth.lengths.summary(),
         created_by=f"ultrarec {version('ultrarec')}",
     )
@@ -177,16 +179,18 @@ def _check_types(info: DatasetInfo, staged: Staged) -> pa.Schema:
     return schema
 
 
-def _make_items(engine: DuckDbEngine, info: DatasetInfo) -> None:
+def _make_items(engine: Engine, info: DatasetInfo) -> None:
     """`items`: id, item_id; the known ones, and those new in training, in the order of item_id."""
     path = info.locate(info.vocabularies["items"].path)
-    engine.create("old_items", f"SELECT id, item_id FROM read_parquet({quote_text(str(path))})")
+    engine.load("old_items", _read(path, ["id", "item_id"]))
     end = train_end(info.split)
     training = "log" if end is None else f"(SELECT * FROM log WHERE time < {end}) AS log"
-    engine.create(
+    engine.create_numbered(
         "new_items",
-        f"SELECT {info.num_items} + row_number() OVER (ORDER BY item_id) AS id, item_id FROM "
-        f"(SELECT DISTINCT item_id FROM {training} ANTI JOIN old_items ON log.item_id = old_items.item_id)",
+        f"SELECT DISTINCT item_id FROM {training} ANTI JOIN old_items ON log.item_id = old_items.item_id",
+        number="id",
+        by="item_id",
+        first=info.num_items + 1,
         progress="counting items",
     )
     found = engine.rows("SELECT item_id FROM new_items ORDER BY id LIMIT 1")
@@ -199,25 +203,43 @@ def _make_items(engine: DuckDbEngine, info: DatasetInfo) -> None:
     engine.define("items", "SELECT * FROM old_items UNION ALL SELECT * FROM new_items")
 
 
-def _make_users(engine: DuckDbEngine, info: DatasetInfo) -> None:
+def _make_users(engine: Engine, info: DatasetInfo) -> None:
     """`users` of the new log: user_row (from 0), file and row (in it), user_id, num_new; new users in a last file."""
     user_id = pq.read_schema(info.history_paths[0]).field("user_id")
     known = pa.schema([user_id, ("file", pa.int64()), ("row", pa.int64())])
-    engine.database.register("known_users", pa.RecordBatchReader.from_batches(known, _known_users(info, known)))
+    engine.load("known_users", pa.RecordBatchReader.from_batches(known, _known_users(info, known)))
     engine.create(
         "new_users", "SELECT user_id, count(*) AS num_new FROM log GROUP BY user_id", progress="counting users"
     )
     engine.create("old_users", "SELECT known_users.* FROM known_users SEMI JOIN new_users USING (user_id)")
-    engine.create(
-        "users",
-        f"""
-        SELECT row_number() OVER (ORDER BY file, row) - 1 AS user_row, * FROM (
-            SELECT user_id, num_new, coalesce(file, {len(info.files)}) AS file,
-                coalesce(row, row_number() OVER (PARTITION BY file IS NULL ORDER BY user_id) - 1) AS row
-            FROM new_users LEFT JOIN old_users USING (user_id)
-        )
-        """,
+    old = "SELECT new_users.user_id, num_new, file, row FROM new_users JOIN old_users USING (user_id)"
+    engine.create_numbered(
+        "newcomers",
+        f"SELECT user_id, num_new, CAST({len(info.files)} AS BIGINT) AS file FROM new_users ANTI JOIN old_users "
+        "USING (user_id)",
+        number="row",
+        by="user_id",
+        first=0,
     )
+    engine.create_numbered(
+        "users",
+        f"{old} UNION ALL SELECT user_id, num_new, file, row FROM newcomers",
+        number="user_row",
+        by="file, row",
+        first=0,
+    )
+
+
+def _read(path: Path, columns: list[str]) -> pa.RecordBatchReader:
+    fields = pq.read_schema(path)
+    schema = pa.schema([fields.field(name) for name in columns])
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(ROWS_PER_BATCH, columns=columns):
+                yield batch.select(columns)
+
+    return pa.RecordBatchReader.from_batches(schema, batches())
 
 
 def _known_users(info: DatasetInfo, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -230,7 +252,7 @@ def _known_users(info: DatasetInfo, schema: pa.Schema) -> Iterator[pa.RecordBatc
                 first += batch.num_rows
 
 
-def _item_counts(engine: DuckDbEngine, info: DatasetInfo) -> Integers:
+def _item_counts(engine: Engine, info: DatasetInfo) -> Integers:
     """[items] training events of each item until now, 0 of the new ones."""
     [(new,)] = engine.rows("SELECT count(*) FROM new_items")
     old = pq.read_table(info.locate(info.vocabularies["items"].path), columns=["count"])["count"].to_numpy()

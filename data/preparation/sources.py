@@ -97,8 +97,6 @@ def _parquet_log(names: tuple[str, ...], paths: tuple[Path, ...], options: Prepa
 
 
 def _csv_log(names: tuple[str, ...], paths: tuple[Path, ...], options: PrepareOptions) -> Log:
-    if options.engine == "spark":
-        raise UserError(f"{names[0]} is CSV; --engine spark reads Parquet: convert it, or leave the option out")
     delimiter = options.csv_delimiter or _detect_delimiter(_first_line(paths[0]))
     columns = options.csv_columns or tuple(_split_line(_first_line(paths[0]), delimiter))
     if len(set(columns)) < len(columns):

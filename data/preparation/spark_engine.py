@@ -5,6 +5,7 @@ The statements are DuckDB's. The few functions that Spark lacks are defined in t
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 ROWS_OF_A_FILE = 1 << 40
 """More than a file can have: `row` is the file's number times this, and the place in the file."""
+
+BITS_OF_PLACE = 33
+"""Of Spark's monotonically increasing ids, the lower bits count within a partition; the upper ones are its number."""
 
 TYPES = {
     "UTINYINT": "SMALLINT",
@@ -99,6 +103,32 @@ class SparkEngine:
         frame = self._session.sql(query).persist(StorageLevel.DISK_ONLY)
         self._kept.append(frame)
         frame.createOrReplaceTempView(name)
+
+    def create_numbered(self, name: str, query: str, *, number: str, by: str, first: int, progress: str = "") -> None:
+        """Each partition of the sorted rows counts its own: a window over all rows would take them to one executor."""
+        from pyspark import StorageLevel
+        from pyspark.sql import functions
+
+        rows = self._session.sql(f"SELECT * FROM ({query}) ORDER BY {by}")
+        placed = rows.withColumn("place", functions.monotonically_increasing_id()).persist(StorageLevel.DISK_ONLY)
+        self._kept.append(placed)
+        parts = placed.groupBy(functions.shiftright("place", BITS_OF_PLACE).alias("part")).count().collect()
+        counts = dict(sorted((row["part"], row["count"]) for row in parts))
+        starts = itertools.accumulate(counts.values(), initial=first)
+        begin = self._session.createDataFrame(
+            [(part, start) for part, start in zip(counts, starts, strict=False)], "part BIGINT, start BIGINT"
+        )
+        numbered = placed.join(functions.broadcast(begin), functions.expr(f"part = shiftright(place, {BITS_OF_PLACE})"))
+        place = functions.expr(f"start + (place & {(1 << BITS_OF_PLACE) - 1}L)").alias(number)
+        numbered.select(place, *rows.columns).createOrReplaceTempView(name)
+
+    def load(self, name: str, batches: pa.RecordBatchReader) -> None:
+        """By way of a file that the executors read."""
+        path = self._work / f"{name}.parquet"
+        with pq.ParquetWriter(path, batches.schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        self._session.read.parquet(_without_globs(path.absolute())).createOrReplaceTempView(name)
 
     def define(self, name: str, query: str) -> None:
         """Make a view."""

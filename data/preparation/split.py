@@ -101,10 +101,12 @@ def _make_items(engine: Engine, options: PrepareOptions) -> None:
         )
         counted = f"{counted} AS counted LEFT JOIN kept_users ON counted.user_id = kept_users.user_id"
         kept = "count(kept_users.user_id) > 0"
-    engine.create(
+    engine.create_numbered(
         "items",
-        "SELECT row_number() OVER (ORDER BY item_id) AS id, item_id FROM ("
-        f"SELECT item_id FROM {counted} GROUP BY item_id HAVING count(*) >= {options.min_item_events} AND {kept})",
+        f"SELECT item_id FROM {counted} GROUP BY item_id HAVING count(*) >= {options.min_item_events} AND {kept}",
+        number="id",
+        by="item_id",
+        first=1,
         progress="counting items",
     )
 
@@ -124,10 +126,10 @@ def _make_users(engine: Engine, options: PrepareOptions) -> None:
     train, validation = num_train_and_validation(split)
     before = f"count(*) FILTER (WHERE time < {train_end(split)}) AS before_train_end, "
     before += f"count(*) FILTER (WHERE time < {split.time}) AS before_test, "
-    engine.create(
+    engine.create_numbered(
         "users",
         f"""
-        SELECT row_number() OVER (ORDER BY user_id) - 1 AS user_row, user_id, num_events,
+        SELECT user_id, num_events,
             CAST({train} AS BIGINT) AS num_train, CAST({validation} AS BIGINT) AS num_validation
         FROM (
             SELECT user_id, {before if split.kind == "split_time" else ""} count(*) AS num_events
@@ -135,6 +137,9 @@ def _make_users(engine: Engine, options: PrepareOptions) -> None:
         )
         {_second_minimum(options)}
         """,
+        number="user_row",
+        by="user_id",
+        first=0,
         progress="counting users",
     )
 

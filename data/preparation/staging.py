@@ -27,6 +27,8 @@ class Staged:
     """int64 or string, both."""
     ties_need_the_log: bool
     """Whether events of equal `time` are ordered by something that the histories do not keep."""
+    readings: dict[str, Reading]
+    """How the fields of a CSV log are read, by staged name; none where the log has types."""
 
 
 def stage(engine: Engine, log: Log, options: PrepareOptions, *, report: Callable[[str], None]) -> Staged:
@@ -54,6 +56,7 @@ def stage(engine: Engine, log: Log, options: PrepareOptions, *, report: Callable
         user_id=_id_type(read_types["user_id"]),
         item_id=_id_type(read_types["item_id"]),
         ties_need_the_log=options.order is not None or conversions["time"].moment is not None,
+        readings=readings,
     )
 
 

@@ -36,11 +36,12 @@ def run(args: argparse.Namespace) -> int:
     if find_spec("matplotlib") is None:
         raise UserError("a study draws with matplotlib, which is not installed; pip install 'ultrarec[bench]'")
 
-    from ...data.atomic import termination_as_interruption
+    from ...data.atomic import run_until_signalled
     from ...trainer.noise import silence
 
     silence()
-    with termination_as_interruption():
+
+    def work() -> None:
         if isinstance(study, QualityStudy):
             data = _dataset(study, args.data)
             if not args.report:
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
             if not args.report:
                 _measure(study, parts, out)
         _report(name, study, out, args)
-    return 0
+
+    return run_until_signalled(work, left=lambda: "what has finished stays; the same command goes on from there")
 
 
 def _positive(text: str) -> int:

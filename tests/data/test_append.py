@@ -5,9 +5,11 @@ import dataclasses
 import fcntl
 import hashlib
 import os
+import shutil
+import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -229,34 +231,80 @@ def test_what_a_killed_append_left_is_removed(tmp_path):
     assert_whole(append(info.root, (new,)))
 
 
-COMMAND = (
-    "import argparse; from ultrarec.data import prepare; parser = argparse.ArgumentParser(); "
-    "prepare.add_arguments(parser); prepare.run(parser.parse_args())"
-)
+MOMENTS = [
+    ("os.mkdir", 1), ("os.rename", 0), ("os.rename", 1), ("os.rename", 2), ("os.rename", 3),
+    ("os.remove", 0), ("os.remove", 2), ("shutil.rmtree", 0),
+]  # fmt: skip
+"""The kind of a step, and how many such come before: its folder is made; two history files and the items are moved, and
+`dataset.json` is replaced; three files that it no longer names are removed, and the folder."""
+
+STRUCK = """
+import argparse, os, sys
+from ultrarec.data import append, prepare
+from ultrarec.data.preparation import growth
+
+def strike(event, number, how):
+    seen = 0
+    def hook(name, arguments):
+        nonlocal seen
+        if name == event:
+            seen += 1
+            if seen == number + 1:
+                os.kill(os.getpid(), how)
+    sys.addaudithook(hook)
+
+def run(out, log, event, number, how):
+    os.dup2(os.open(out + ".said", os.O_CREAT | os.O_WRONLY), 2)
+    strike(event, number, how)
+    parser = argparse.ArgumentParser()
+    prepare.add_arguments(parser)
+    os._exit(prepare.run(parser.parse_args([log, "--append", "--out", out])))
+
+log, *cases = sys.argv[1:]
+for case in cases:
+    out, event, number, how = case.split(",")
+    child = os.fork()
+    if not child:
+        run(out, log, event, int(number), int(how))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+"""Appends to several datasets, and sends itself a signal before a certain step of its own of each."""
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.3])
-def test_a_killed_append_leaves_the_dataset_and_the_next_one_completes(tmp_path, small_files, delay):
-    logs = [
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_an_append_that_is_struck_at_any_step_leaves_the_old_dataset_or_the_new(tmp_path, small_files, how):
+    old, new = (
         write_log(
             tmp_path / f"{part}.parquet",
-            random_log(20_000, seed=part, users=(0, 1_000), items=(0, 900), times=(40 * part, 40 * part + 50)),
+            random_log(600, seed=part, users=(0, 64), items=(0, 40), times=(40 * part, 40 * part + 50)),
         )
         for part in range(2)
-    ]
-    before = prepare_log(tmp_path / "out", logs[0], leave_last=1)
-    arguments = [sys.executable, "-c", COMMAND, logs[1], "--append", "--out", str(before.root)]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
-    while not list(before.root.glob("append.tmp-*")) and process.poll() is None:
-        time.sleep(0.005)
-    time.sleep(delay)
-    process.kill()
-    process.communicate(timeout=30)
-    info = DatasetInfo.load(before.root)
-    if info == before:
-        content(info)
-        info = append(before.root, (logs[1],))
-    assert_as_if_prepared_together(info, prepare_log(tmp_path / "whole", *logs, leave_last=1))
+    )
+    before, whole = prepare_log(tmp_path / "out", old), prepare_log(tmp_path / "whole", old, new)
+    cases = []
+    for place, (event, number) in enumerate(MOMENTS):
+        shutil.copytree(before.root, tmp_path / f"out-{place}")
+        cases.append(f"{tmp_path}/out-{place},{event},{number},{int(how)}")
+    struck = subprocess.run(
+        [sys.executable, "-c", STRUCK, new, *cases], capture_output=True, text=True, check=True, timeout=60
+    )
+    codes = [int(line) for line in struck.stdout.split()]
+    assert codes == [-how if how == signal.SIGKILL else 128 + how] * len(MOMENTS), struck.stderr
+    are_new = []
+    for place in range(len(MOMENTS)):
+        root = tmp_path / f"out-{place}"
+        info = DatasetInfo.load(root)
+        are_new.append(info.fingerprint != before.fingerprint)
+        assert content(info) == content(whole if are_new[-1] else before)
+        if how == signal.SIGTERM:
+            said = Path(f"{root}.said").read_text().splitlines()[-1]
+            left = "complete, with" if are_new[-1] else "as it was, without"
+            assert said == f"stopped by SIGTERM: {root} is {left} the new logs"
+            assert_whole(info)
+        if not are_new[-1]:
+            assert_as_if_prepared_together(append(root, (new,)), whole)
+    assert are_new == sorted(are_new)
+    assert are_new.count(True) == 3
 
 
 def run_command(*arguments):
@@ -278,7 +326,6 @@ def test_the_command_appends_with_the_columns_of_the_dataset(tmp_path, capsys):
     [
         (("--user", "user"), "--user user with --append: .*out has decided that; leave it out"),
         (("--leave-last", "1"), "--leave-last 1 with --append: .*out has decided that"),
-        (("--engine", "spark"), "--append with --engine spark: logs are appended with duckdb; leave --engine out"),
     ],
 )
 def test_the_command_takes_nothing_that_the_dataset_has_decided(tmp_path, options, message):

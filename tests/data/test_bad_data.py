@@ -7,11 +7,15 @@ import pytest
 
 from ultrarec.data.config import DataConfig, FeatureConfig
 from ultrarec.data.errors import UserError
+from ultrarec.data.faults import NothingLeftError
 from ultrarec.data.loader import Loader, LoaderState, RankingSampler
 from ultrarec.data.synthetic import random_histories, write_dataset
 
 NUM_ITEMS, ROWS_PER_GROUP = 20, 6
-TAB = {"tab": FeatureConfig(kind="category", role="event", num_values=5)}
+FEATURES = {
+    "tab": FeatureConfig(kind="category", role="event", num_values=5),
+    "user_id": FeatureConfig(kind="hash", role="user", num_values=100),
+}
 LISTS = ("items", "timestamps", "actions", "tab")
 
 
@@ -22,7 +26,7 @@ def info(tmp_path):
 
 
 def loader(info, *, bad_data, rank=0, world_size=1, state=None):
-    config = DataConfig(path=str(info.root), features=TAB, batch_rows=7, shuffle_row_groups=4, bad_data=bad_data)
+    config = DataConfig(path=str(info.root), features=FEATURES, batch_rows=7, shuffle_row_groups=4, bad_data=bad_data)
     sampler, state = RankingSampler(6, 2), state or LoaderState()
     options = {"split": "train", "rank": rank, "world_size": world_size, "epochs": 1, "state": state}
     return Loader(config, sampler, **options)
@@ -134,16 +138,92 @@ def test_a_row_group_that_fails_its_checksum_is_named_or_left_out_alone(info):
     assert {(fault.row_group, fault.column) for fault in faults} == {(1, "timestamps")}
 
 
-def test_a_truncated_file_is_named_or_left_out_alone(info):
+def rewrite(path, change):
+    """Write a history file anew as what `change` makes of its table."""
+    pq.write_table(change(pq.read_table(path)), path, row_group_size=ROWS_PER_GROUP, write_page_checksum=True)
+
+
+def retype(table, name, new):
+    return table.set_column(table.schema.get_field_index(name), name, table[name].cast(new))
+
+
+BROKEN_FILES = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a whole Parquet file .* end in PAR1"),
+    "truncated to nothing": (lambda path: path.write_bytes(b""), "not a whole Parquet file .* 0 bytes do not end in"),
+    "a footer beyond the file": (
+        lambda path: path.write_bytes(path.read_bytes()[-60:]),
+        r"not a whole Parquet file \(it has 60 bytes, and ends with a footer of \d{3,}\)",
+    ),
+    "missing": (lambda path: path.unlink(), "there is no such file"),
+    "fewer rows": (lambda path: rewrite(path, lambda table: table.slice(3)), r"14 rows, but dataset\.json says 17"),
+    "more rows": (
+        lambda path: rewrite(path, lambda table: pa.concat_tables([table, table.slice(0, 2)])),
+        r"19 rows, but dataset\.json says 17",
+    ),
+    "a removed column": (
+        lambda path: rewrite(path, lambda table: table.drop_columns("tab")),
+        "column tab: the file has no such column, and the dataset says list of int64",
+    ),
+    "a retyped column": (
+        lambda path: rewrite(path, lambda table: retype(table, "tab", pa.list_(pa.float64()))),
+        "column tab: list of double, but the dataset says list of int64",
+    ),
+    "a retyped built-in column": (
+        lambda path: rewrite(path, lambda table: retype(table, "num_train", pa.int64())),
+        "column num_train: int64, but the dataset says int32",
+    ),
+    "retyped user ids": (
+        lambda path: rewrite(path, lambda table: retype(table, "user_id", pa.string())),
+        "column user_id: string, but other files hold int64",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_FILES)
+def test_a_file_that_is_not_what_was_prepared_is_named_or_left_out_alone(info, kind):
+    damage, problem = BROKEN_FILES[kind]
     whole, _, _ = everything(info, bad_data="error")
     path = info.history_paths[1]
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"part-00001\.parquet: not a whole Parquet file .*restore the file or prepare"):
+    damage(path)
+    with pytest.raises(
+        UserError, match=rf"part-00001\.parquet, all row groups.*{problem}.*; restore the file or prepare .*bad_data="
+    ):
         loader(info, bad_data="error")
-    trained, skipped, _ = everything(info, bad_data="skip")
-    assert skipped == []
+    left = loader(info, bad_data="skip")
+    trained = [tuple(sample) for batch in left for sample in batch.samples.tolist()]
     assert sorted(trained) == sorted(sample for sample in whole if sample[0] != 1)
-    assert [fault.file for fault in loader(info, bad_data="skip").faults] == [str(path)]
+    assert [(fault.file, fault.num_rows) for fault in left.faults] == [(str(path), 17)]
+
+
+@pytest.mark.parametrize("bad_data", ["error", "skip"])
+def test_a_file_that_disappears_while_it_is_read_is_an_error_and_never_a_gap(info, monkeypatch, bad_data):
+    monkeypatch.setattr("ultrarec.data.reader.OPEN_FILES", 0)
+    opened = loader(info, bad_data=bad_data)
+    info.history_paths[2].unlink()
+    with pytest.raises(
+        UserError, match=r"part-00002\.parquet, row group \d: there is no such file; .*restore the file"
+    ):
+        list(opened)
+
+
+def test_a_dataset_whose_only_file_is_truncated_says_so(tmp_path):
+    histories = random_histories(num_users=50, num_items=NUM_ITEMS, mean_events=6, seed=3)
+    info = write_dataset(tmp_path / "dataset", histories, num_items=NUM_ITEMS)
+    info.history_paths[0].write_bytes(info.history_paths[0].read_bytes()[:1000])
+    with pytest.raises(
+        NothingLeftError,
+        match=r"nothing is left to train on: data\.bad_data='skip' leaves out 50 of 50 rows, first .*part-00000\.pa",
+    ) as raised:
+        loader(info, bad_data="skip")
+    assert [fault.num_rows for fault in raised.value.faults] == [50]
+
+
+def test_labels_of_samples_left_out_are_told_from_those_that_are_trained(info):
+    change_row(info, 1, long_row(info, 1), "items", lambda values: [99, *values[1:]])
+    batches = list(loader(info, bad_data="skip"))
+    assert sum(batch.num_skipped_labels for batch in batches) > 0
+    for batch in batches:
+        assert batch.num_labels - batch.num_skipped_labels == batch.labels.numel()
 
 
 def test_counts_that_contradict_each_other_leave_out_their_row(info):
@@ -162,19 +242,6 @@ def test_counts_that_contradict_each_other_leave_out_their_row(info):
     assert skipped == []
     assert sorted(trained) == sorted(sample for sample in whole if sample[:2] != (2, row))
     assert [(fault.row, fault.column) for fault in loader(info, bad_data="skip").faults] == [(row, "num_events")]
-
-
-@pytest.mark.parametrize("bad_data", ["error", "skip"])
-def test_a_column_that_is_gone_or_of_another_type_is_an_error_under_any_policy(info, bad_data):
-    path = info.history_paths[1]
-    table = pq.read_table(path)
-    pq.write_table(table.drop_columns("tab"), path)
-    with pytest.raises(UserError, match=r"part-00001\.parquet has no column 'tab'; restore"):
-        loader(info, bad_data=bad_data)
-    floats = table["tab"].cast(pa.list_(pa.float64()))
-    pq.write_table(table.set_column(table.schema.get_field_index("tab"), "tab", floats), path)
-    with pytest.raises(UserError, match=r"column 'tab': list of double, but the dataset says list of int64; restore"):
-        loader(info, bad_data=bad_data)
 
 
 def test_a_column_that_was_added_does_no_harm(info):

@@ -93,4 +93,4 @@ def test_a_dataset_of_version_1_is_described_without_its_lengths(info, tmp_path,
 def test_a_missing_vocabulary_is_named(info, capsys):
     info.locate("items.parquet").unlink()
     assert main(["data", "describe", str(info.root)]) == 2
-    assert "items.parquet cannot be read" in capsys.readouterr().err
+    assert "items.parquet is damaged (there is no such file); restore it" in capsys.readouterr().err

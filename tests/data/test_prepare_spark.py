@@ -8,8 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ultrarec.data.append import append
 from ultrarec.data.errors import UserError
+from ultrarec.data.preparation.spark_engine import open_spark
 from ultrarec.data.prepare import PrepareOptions, prepare
+from ultrarec.data.schema import DatasetInfo
 
 ROLES = {"user": "user", "item": "item", "time": "time"}
 
@@ -51,7 +54,7 @@ def both(tmp_path, *logs, **options):
 
 def assert_equal(one, other):
     assert [file.path for file in one.files] == [file.path for file in other.files]
-    for path in [*(file.path for file in one.files), "items.parquet", "dataset.json"]:
+    for path in [*(file.path for file in one.files), one.vocabularies["items"].path, "dataset.json"]:
         assert one.locate(path).read_bytes() == other.locate(path).read_bytes(), path
 
 
@@ -133,11 +136,32 @@ def test_spark_names_the_file_and_the_row_of_a_bad_value(spark, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.parquet", "good.parquet"]
 
 
-def test_spark_refuses_csv(tmp_path):
-    (tmp_path / "log.csv").write_text("user,item,time\n1,2,3\n")
-    options = PrepareOptions(logs=(str(tmp_path / "log.csv"),), out=tmp_path / "out", engine="spark", **ROLES)
-    with pytest.raises(UserError, match=r"log.csv is CSV; --engine spark reads Parquet: convert it, or leave"):
-        prepare(options)
+def test_spark_reads_csv_as_duckdb_does_and_appends_as_it_does(spark, tmp_path):
+    """Ids that look like numbers, empty fields, quoted text and times of several forms; then a newer log."""
+    logs = []
+    for part, users in enumerate((["07", "7", "x", "7", "07"], ["x", "new", "7", "new", "x"])):
+        rows = zip(users, ["5", "06", "5", "a", "b"], [1, 3, 2, 5, 4], ["0", "true", "", "1", "0"], strict=True)
+        text = "".join(
+            f'{user},{item},2024-0{part + 1}-0{day} 10:00:00.12345{day},{flag or 0},"say ""{item}"", {day}"\n'
+            for user, item, day, flag in rows
+        )
+        logs.append(tmp_path / f"{part}.csv")
+        logs[-1].write_text("user,item,time,click,word\n" + text)
+    options = {"actions": ("click",), "columns": ("word",)}
+    for engine in ("duckdb", "spark"):
+        prepare(PrepareOptions(logs=(str(logs[0]),), out=tmp_path / engine, engine=engine, **ROLES, **options))
+    assert_equal(*(DatasetInfo.load(tmp_path / engine) for engine in ("duckdb", "spark")))
+    one, other = (append(tmp_path / engine, (str(logs[1]),), engine=engine) for engine in ("duckdb", "spark"))
+    assert_equal(one, other)
+    assert other.counts.users == 4
+
+
+def test_spark_numbers_rows_where_they_lie_and_not_on_one_executor(spark, tmp_path):
+    with open_spark(tmp_path, master=None) as engine:
+        rows = "SELECT id * 7 % 1000 AS key FROM range(0, 1000, 1, 5)"
+        engine.create_numbered("numbered", rows, number="place", by="key", first=3)
+        assert sorted(engine.rows("SELECT key, place FROM numbered")) == [(key, key + 3) for key in range(1000)]
+        assert "Window" not in engine.rows("EXPLAIN SELECT * FROM numbered")[0][0]
 
 
 @pytest.mark.parametrize("missing", ["pyspark", "java"])

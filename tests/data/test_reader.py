@@ -126,25 +126,27 @@ def test_hashing_user_ids_needs_integers(tmp_path, histories):
 
 def test_a_missing_file_is_named(info):
     info.history_paths[1].unlink()
-    with pytest.raises(UserError, match=r"part-00001\.parquet cannot be read .* prepare the dataset again"):
+    with pytest.raises(UserError, match=r"part-00001\.parquet, all row groups: there is no such file; restore .*"):
         reader(info)
 
 
 def test_a_damaged_file_is_named(info):
     info.history_paths[1].write_bytes(b"PAR1 and then nothing of use PAR1")
-    with pytest.raises(UserError, match=r"part-00001\.parquet: not a whole Parquet file"):
+    with pytest.raises(
+        UserError, match=r"part-00001\.parquet, all row groups: not a whole Parquet file \(it has 33 bytes, and"
+    ):
         reader(info)
 
 
 def test_a_file_with_other_rows_than_declared_is_an_error(info):
     rewrite(info, lambda table: table.slice(1))
-    with pytest.raises(UserError, match=r"part-00000\.parquet has 15 rows, dataset\.json says 16"):
+    with pytest.raises(UserError, match=r"part-00000\.parquet, all row groups: 15 rows, but dataset\.json says 16"):
         reader(info)
 
 
 def test_a_file_without_a_built_in_column_is_an_error(info):
     rewrite(info, lambda table: table.drop_columns("num_train"), file=2)
-    with pytest.raises(UserError, match=r"part-00002\.parquet has no column 'num_train'"):
+    with pytest.raises(UserError, match=r"part-00002\.parquet, all row groups, column num_train: the file has no such"):
         reader(info)
 
 

@@ -13,7 +13,7 @@ from moto.server import ThreadedMotoServer
 
 from ultrarec.data import storage
 from ultrarec.data.config import DataConfig
-from ultrarec.data.errors import UserError
+from ultrarec.data.errors import StorageError, UserError
 from ultrarec.data.loader import Loader, RankingSampler
 from ultrarec.data.storage import Storage, load_dataset
 from ultrarec.data.synthetic import random_histories, write_dataset
@@ -79,6 +79,11 @@ def hang_up_half_way(handler):
     handler.connection.shutdown(socket.SHUT_RDWR)
 
 
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
 FAILURES = {"an error 500": refuse, "a reset connection": reset, "an answer that breaks off": hang_up_half_way}
 
 
@@ -89,9 +94,8 @@ def local(tmp_path_factory):
     return write_dataset(root, histories, num_items=20, num_files=2, rows_per_group=4).root
 
 
-@pytest.fixture(scope="module")
-def server(local):
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+def filled(moto, local):
+    """The address of a server that is started, with the dataset in it."""
     moto.start()
     address = "http://{}:{}".format(*moto.get_host_and_port())
     keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
@@ -100,7 +104,29 @@ def server(local):
     for path in local.rglob("*"):
         if path.is_file():
             client.upload_file(str(path), "logs", f"prepared/{path.relative_to(local)}")
-    yield address
+    return address
+
+
+@pytest.fixture(scope="module")
+def server(local):
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    yield filled(moto, local)
+    moto.stop()
+
+
+def stop(moto):
+    """End a server, and free its port, which it would keep."""
+    moto.stop()
+    moto._server.server_close()
+
+
+@pytest.fixture
+def own_server(local, monkeypatch):
+    """A server that a test may stop, and the dataset's address in it."""
+    monkeypatch.setattr(storage, "SILENT_SECONDS", 0.5)
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
+    host = filled(moto, local).removeprefix("http://")
+    yield moto, f"s3://key:secret@logs/prepared?scheme=http&endpoint_override={host}&region=us-east-1"
     moto.stop()
 
 
@@ -120,7 +146,7 @@ def uri(proxy):
 
 
 def loader(path, **options):
-    config = DataConfig(path=str(path), batch_rows=20, shuffle_row_groups=4, **options)
+    config = DataConfig(path=str(path), batch_rows=20, **{"shuffle_row_groups": 4, **options})
     return Loader(config, RankingSampler(6, 2), split="train", rank=0, world_size=1, epochs=1)
 
 
@@ -153,9 +179,8 @@ def test_a_slow_store_delays_and_changes_nothing(local, proxy, uri):
 
 
 @pytest.mark.parametrize("bad_data", ["error", "skip"])
-def test_a_store_that_stays_down_is_one_error_with_the_place_and_never_a_gap(proxy, uri, bad_data, monkeypatch):
-    monkeypatch.setattr(storage, "ATTEMPTS", 2)
-    down = loader(uri, bad_data=bad_data)
+def test_a_store_that_stays_down_is_one_error_with_the_place_and_never_a_gap(proxy, uri, bad_data):
+    down = loader(uri, bad_data=bad_data, retry_seconds=0.3)
 
     def misbehave(handler):
         fails = HISTORY in handler.path
@@ -165,15 +190,43 @@ def test_a_store_that_stays_down_is_one_error_with_the_place_and_never_a_gap(pro
 
     proxy.misbehave = misbehave
     with pytest.raises(
-        UserError, match=rf"s3://logs/prepared/histories/{HISTORY}, row group \d.* 2 attempts in .* failed"
+        StorageError, match=rf"s3://logs/prepared/histories/{HISTORY}, row group \d.* attempts? in .* seconds failed"
     ):
         list(down)
-    assert proxy.failures >= 2
+    assert proxy.failures >= 1
+
+
+def test_a_store_that_is_stopped_and_started_again_delays_and_changes_nothing(local, own_server, capfd):
+    """A real server, gone for longer than the store's own client tries, and back on the same port."""
+    server, path = own_server
+    opened = loader(path, retry_seconds=60)
+    stop(server)
+    back = threading.Timer(8, server.start)
+    back.start()
+    read = samples(opened)
+    back.join()
+    assert read == samples(loader(local))
+    said = capfd.readouterr().err.splitlines()
+    assert any("does not answer" in line and "trying again for up to" in line for line in said), said
+    assert any("answers again, after" in line for line in said), said
+
+
+def test_whoever_waits_for_storage_is_woken_when_it_is_closed(tmp_path):
+    waiting = Storage(str(tmp_path), retry_seconds=600)
+    attempts = threading.Semaphore(0)
+
+    def fail():
+        attempts.release()
+        raise OSError("no route to host")
+
+    threading.Timer(0.0, lambda: attempts.acquire() and attempts.acquire() and waiting.close()).start()
+    with pytest.raises(StorageError, match=r"a file cannot be read: [2-9] attempts in . seconds failed \(no route"):
+        waiting.patiently(fail, "a file")
 
 
 def test_a_dataset_that_is_not_there_is_named_without_the_credentials(uri):
     with pytest.raises(
-        UserError, match=r"^s3://logs/elsewhere/dataset\.json cannot be read \(.*; restore it"
+        UserError, match=r"^s3://logs/elsewhere/dataset\.json cannot be read: there is no such file; restore it"
     ) as raised:
         loader(uri.replace("prepared", "elsewhere"))
     assert "secret" not in str(raised.value)

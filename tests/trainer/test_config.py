@@ -207,6 +207,18 @@ def test_an_override_that_is_no_assignment_is_refused(recipe, override):
     assert message(recipe(), override) == expected
 
 
+def test_patience_with_storage_that_the_watchdog_would_cut_short_is_refused(recipe):
+    said = message(recipe(), "data.retry_seconds=600")
+    assert "data.retry_seconds=600 is not shorter than trainer.watchdog_seconds=300, which would end the step" in said
+    load_config(recipe(), ["data.retry_seconds=600", "trainer.watchdog_seconds=900"])
+    load_config(recipe(), ["trainer.watchdog_seconds=5"])
+
+
+def test_a_bad_override_is_shown_without_the_key_of_an_address(recipe):
+    said = message(recipe(), "checkpoint=s3://KEY:SECRET@bucket/run")
+    assert said.startswith("--set 'checkpoint=s3://bucket/run': expected section.field=value")
+
+
 def test_an_override_through_a_value_is_refused(recipe):
     assert message(recipe(), "data.path.x=3") == "--set 'data.path.x=3': 'path' is a value, not a section"
 
