@@ -314,7 +314,9 @@ def test_training_goes_on_while_the_object_store_is_away_and_saves_again_when_it
         server.start()
         listed.extend(saved_steps(home))
 
-    wait = lambda run: run.saver.wait()  # noqa: E731
+    def wait(run):
+        run.saver.wait()
+
     stop_writer = to_writers(signal.SIGSTOP)
     at_steps(monkeypatch, s6=wait, s10=stop_writer, s11=take_away, s14=bring_back, s19=wait)
     settings = ("checkpoint.every=5", "checkpoint.keep_last=9", f"checkpoint.path={address}")
