@@ -13,7 +13,7 @@ SUBJECTS = {
     ),
     "checkpoint": (
         bench_checkpoint,
-        "stall of an asynchronous save, and rates of writing and reading against a plain copy of the same files",
+        "what an asynchronous save costs the steps, and rates of writing and reading against a plain copy of the files",
     ),
     "loader": (bench_loader, "batches of a prepared dataset per second, against a bare scan of its files"),
 }

@@ -8,12 +8,14 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..data.errors import UserError
 
@@ -38,8 +40,12 @@ def run(args: argparse.Namespace) -> int:
     needed, free = int(NEEDED_COPIES * args.gib * 2**30), shutil.disk_usage(args.where).free
     if free < needed:
         raise UserError(f"--gib {args.gib:g} needs {needed:,} bytes in {args.where.resolve()}, which has {free:,}")
-    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=args.where) as folder:
-        measured = _measure(Path(folder), ranks=args.ranks, gib=args.gib)
+    previous = signal.signal(signal.SIGTERM, _end)
+    try:
+        with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=args.where) as folder:
+            measured = _measure(Path(folder), ranks=args.ranks, gib=args.gib)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     report = _report(measured, args)
     print(_page(report))
     if args.out is not None:
@@ -47,6 +53,11 @@ def run(args: argparse.Namespace) -> int:
         (args.out / "checkpoint.json").write_text(json.dumps(report, indent=2) + "\n")
         print(f"\nwritten: {args.out / 'checkpoint.json'}")
     return 0
+
+
+def _end(signum: int, frame: FrameType | None) -> NoReturn:
+    """Leave like after Ctrl-C, so that what was written is removed."""
+    sys.exit(128 + signum)
 
 
 def _measure(folder: Path, *, ranks: int, gib: float) -> dict[str, Any]:
@@ -62,10 +73,12 @@ def _measure(folder: Path, *, ranks: int, gib: float) -> dict[str, Any]:
     sender.close()
     try:
         measured: dict[str, Any] = receiver.recv()
-    except EOFError:
+    except BaseException as error:
         for process in processes:
-            process.terminate()  # the others wait for the one that failed
-        raise UserError("the measurement ended early; what the processes said above tells why") from None
+            process.kill()  # they wait for the one that failed, or measure on
+        if isinstance(error, EOFError):
+            raise UserError("the measurement ended early; what the processes said above tells why") from None
+        raise
     finally:
         for process in processes:
             process.join()
@@ -75,6 +88,7 @@ def _measure(folder: Path, *, ranks: int, gib: float) -> dict[str, Any]:
 def _rank(folder: Path, rank: int, ranks: int, gib: float, sender: Any) -> None:
     from ..trainer.noise import silence
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the one that waits for us ends us
     silence()
     import torch
     import torch.distributed as dist
@@ -105,6 +119,7 @@ def _report(measured: dict[str, Any], args: argparse.Namespace) -> dict[str, Any
         "gib_per_second": {name: size / 2**30 / seconds[name] for name in ("save", "load", "copy")},
         "write_share_of_copy": seconds["copy"] / seconds["save"],
         "read_share_of_copy": seconds["copy"] / seconds["load"],
+        "step_ratio_while_saving": median(each.step_while_saving / each.step for each in rounds),
         "rounds": [asdict(each) for each in rounds],
     }
 
@@ -124,7 +139,8 @@ def _page(report: dict[str, Any]) -> str:
             f"{'stall of a step':<26} {seconds['stall']:>8.3f} {'':>7}"
             f"   {report['stall_share']:.1%} of a save (goal: at most {STALL_GOAL:.0%})",
             f"{'step':<26} {seconds['step']:>8.4f}",
-            f"{'step while saving':<26} {seconds['step_while_saving']:>8.4f}",
+            f"{'step while saving':<26} {seconds['step_while_saving']:>8.4f} {'':>7}"
+            f"   {report['step_ratio_while_saving']:.2f} times a step of the same round",
         ]
     )
 

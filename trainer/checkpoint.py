@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -103,7 +104,7 @@ def load_newest(
     used = use_newest(folders, lambda folder: load(trainable, folder, world=world), say=say)
     # Only now: where all are damaged, the memory of this machine may be at fault, and none of them.
     for folder in used.damaged if owns else ():
-        on_main(world, lambda folder=folder: set_aside(folder))  # type: ignore[misc]
+        on_main(world, partial(set_aside, folder))
     return used.folder
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ DIM = 64
 BATCH = 4096
 """Ids that a rank looks up in a step."""
 ROUNDS = 3
+QUIET_STEPS = 25
+"""Steps of a round before its save, and again after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Round:
     copy: float
     """A plain copy of every rank's file, brought to disk."""
     step: float
-    """A step while nothing is written."""
+    """A step while nothing is written, before and after those that follow."""
     step_while_saving: float
 
 
@@ -83,19 +86,22 @@ def measure(root: Path, *, gib: float, device: torch.device) -> dict[str, Any]:
 
 
 def _round(trainable: Trainable, saver: Saver, world: World) -> Round:
-    step = _seconds(lambda: _steps(trainable, 5)) / 5
     stall = _seconds(lambda: _save(trainable, saver, world))
     saver.wait()
     save = _seconds(lambda: _save(trainable, saver, world, wait=True))
     folder = checkpoint_folder(saver.home, trainable.state.step)
     assert isinstance(folder, Path)
-    copy = _seconds(lambda: _copy(folder / f"rank-{world.rank:05}.safetensors"))
+    own = folder / f"rank-{world.rank:05}.safetensors"
+    own.read_bytes()  # a save leaves nothing in the page cache; copy and load shall both find the file there
+    copy = _seconds(lambda: _copy(own))
     loading = _seconds(lambda: load(trainable, folder, world=world))
+    quiet = [_step(trainable) for _ in range(QUIET_STEPS)]
     _save(trainable, saver, world)
-    slowed = []
+    slowed = [_step(trainable)]
     while any(gather_objects(saver.is_busy)):
-        slowed.append(_seconds(lambda: _steps(trainable, 1)))
-    return Round(stall, save, loading, copy, step, sum(slowed) / max(len(slowed), 1))
+        slowed.append(_step(trainable))
+    quiet += [_step(trainable) for _ in range(QUIET_STEPS)]
+    return Round(stall, save, loading, copy, step=mean(quiet), step_while_saving=mean(slowed))
 
 
 def _trainable(*, rows: int, device: torch.device) -> Trainable:
@@ -116,13 +122,17 @@ def _save(trainable: Trainable, saver: Saver, world: World, *, wait: bool = Fals
         raise OSError(error)
 
 
-def _steps(trainable: Trainable, count: int) -> None:
+def _step(trainable: Trainable) -> float:
+    """Train one step; its seconds."""
     rows = local_shards(trainable.parallel)[0].num_rows
-    for _ in range(count):
+
+    def step() -> None:
         ids = torch.randint(0, rows, (BATCH,))
         trainable.optimizer.begin(0)
         trainable.parallel(KeyedJaggedTensor(keys=["item"], values=ids, lengths=torch.tensor([BATCH]))).backward()
         trainable.optimizer.update()
+
+    return _seconds(step)
 
 
 def _copy(path: Path) -> None:

@@ -227,19 +227,20 @@ def catch_up(run: Run) -> None:
     """Evaluate the step that is continued from, if it was due: a process that had to stop saves it without."""
     step = run.state.step
     due = step > 0 and every(run.config.trainer.evaluate_every, step)
-    if not due or step >= run.total_steps:
-        return
-    if "validation" not in (done := splits_done(run)):
+    if due and step < run.total_steps and "validation" not in splits_done(run):
         evaluate(run, "validation")
-    else:
-        # Evaluated by a process that ended before it could save that.
+
+
+def splits_done(run: Run) -> set[str]:
+    """The splits that have a line of metrics about the present step; the state learns what it may lack of them.
+
+    A process that ended between the line and the next save has left its validation in no checkpoint.
+    """
+
+    def read() -> dict[str, dict[str, Any]]:
+        return {line["split"]: line for line in read_lines(run.out / METRICS_FILE) if line["step"] == run.state.step}
+
+    done = on_main(run.world, read)
+    if "validation" in done:
         run.state.validated(metrics_in(done["validation"]))
-
-
-def splits_done(run: Run) -> dict[str, dict[str, Any]]:
-    """The splits that have a line of metrics about the present step, with that line."""
-    step = run.state.step
-    return on_main(
-        run.world,
-        lambda: {line["split"]: line for line in read_lines(run.out / METRICS_FILE) if line["step"] == step},
-    )
+    return set(done)

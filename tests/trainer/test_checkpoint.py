@@ -3,8 +3,12 @@
 import argparse
 import dataclasses
 import json
+import random
 import shutil
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -25,6 +29,7 @@ from ultrarec.trainer.manifest import (
     step_of,
 )
 from ultrarec.trainer.pieces import DTYPES
+from ultrarec.trainer.retention import set_aside
 
 
 @pytest.fixture
@@ -142,11 +147,92 @@ def test_inspect_shows_position_versions_and_every_tensor(run_folder, command, c
     assert item.split()[1] == "2", "a row-wise table of two ranks has two shards"
 
 
-def test_inspect_of_a_damaged_index_says_so(run_folder, command):
+def flip_bit(path: Path, place: int, bit: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def damaged_run(run_folder):
+    """A run whose newest checkpoint has a flipped bit in the weights of the item table."""
     folder = complete_checkpoints(run_folder)[-1]
-    (folder / "index.json").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"is damaged: index.json has 7 bytes, written were"):
-        command("inspect", run_folder)
+    index = json.loads((folder / "index.json").read_text())
+    chunk = index["tables/item/weight"]["chunks"][0]
+    flip_bit(folder / chunk["file"], chunk["offset"])
+    return run_folder
+
+
+def test_a_flipped_bit_of_the_manifest_is_found_wherever_it_is(run_folder):
+    folder = complete_checkpoints(run_folder)[-1]
+    whole, dice = (folder / MANIFEST).read_bytes(), random.Random(1)
+    for place in range(len(whole)):
+        flipped = whole[place] ^ (1 << dice.randrange(8))
+        (folder / MANIFEST).write_bytes(whole[:place] + bytes([flipped]) + whole[place + 1 :])
+        with pytest.raises(DamagedError):
+            Manifest.read(folder)
+    for size in range(0, len(whole), 17):
+        (folder / MANIFEST).write_bytes(whole[:size])
+        with pytest.raises(DamagedError):
+            Manifest.read(folder)
+
+
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00001.safetensors", "index.json"])
+def test_a_flipped_bit_of_a_file_is_found_by_verify_and_by_loading_unless_it_changes_nothing(run_folder, name):
+    folder = complete_checkpoints(run_folder)[-1]
+    whole, dice = checkpoint_tensors(folder), random.Random(name)
+    size = (folder / name).stat().st_size
+    found_by_loading = 0
+    for place in (0, size - 1, *(dice.randrange(size) for _ in range(25))):
+        bit = dice.randrange(8)
+        flip_bit(folder / name, place, bit)
+        assert Manifest.read(folder).problems(folder) == [f"{name} has another checksum than when it was written"]
+        try:
+            assert not differing(checkpoint_tensors(folder), whole)
+        except DamagedError:
+            found_by_loading += 1
+        flip_bit(folder / name, place, bit)
+    # The rest hit the header of a file, which is for other programs: loading finds values by the index.
+    assert found_by_loading >= 10
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_it_used(damaged_run, command, capsys, tmp_path):
+    told = "rank-00000.safetensors has another checksum than when it was written; looking for the checkpoint before it"
+    before = checkpoint_folder(damaged_run, 20)
+    assert command("export", damaged_run, "--out", tmp_path / "new") == 0
+    printed = capsys.readouterr()
+    assert told in printed.err
+    assert f"step 20 of {before} exported" in printed.out
+    assert command("diff", damaged_run, before) == 0
+    assert told in capsys.readouterr().err
+    (damaged_run / "checkpoints" / "step-00000024" / "index.json").write_bytes(b"nothing")
+    assert command("inspect", damaged_run) == 0
+    printed = capsys.readouterr()
+    assert "is damaged: index.json has 7 bytes, written were" in printed.err
+    assert printed.out.startswith(f"{before}\nstep 20")
+
+
+@pytest.mark.parametrize("action", ["export", "diff"])
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused_with_the_one_before_it(
+    damaged_run, command, tmp_path, action
+):
+    folder, before = (checkpoint_folder(damaged_run, step) for step in (24, 20))
+    more = {"export": ["--out", tmp_path / "new"], "diff": [folder]}[action]
+    with pytest.raises(DamagedError, match=f"; the one before it is {before}: give that instead"):
+        command(action, folder, *more)
+    for step in (5, 10, 15, 20):
+        shutil.rmtree(checkpoint_folder(damaged_run, step))
+    with pytest.raises(DamagedError, match="; there is none before it: restore its files from a copy"):
+        command(action, damaged_run, *more)
+
+
+def test_what_a_checkpoint_that_was_set_aside_suffered_can_be_seen(damaged_run, command, capsys):
+    folder = checkpoint_folder(damaged_run, 24)
+    set_aside(folder)
+    assert command("verify", damaged_run) == 0
+    aside = folder.with_name("damaged-step-00000024")
+    assert command("verify", aside) == 1
+    assert f"DAMAGED  {aside}\n         rank-00000.safetensors has another checksum" in capsys.readouterr().out
 
 
 def test_diff_names_every_tensor_that_differs_and_by_how_much(run_folder, command, capsys):
@@ -212,8 +298,14 @@ def test_an_export_that_fails_leaves_nothing(run_folder, command, tmp_path, data
     with pytest.raises(UserError, match="is not the dataset of"):
         command("export", run_folder, "--out", tmp_path / "new", "--dataset", other)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "other"}
-    with pytest.raises(UserError, match="exists; choose another folder"):
-        command("export", run_folder, "--out", other)
+
+
+def test_an_export_to_a_folder_that_exists_is_refused_before_anything_heavy_is_imported(tmp_path):
+    code = "import sys; from ultrarec.launch.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    words = ["checkpoint", "export", str(tmp_path), "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False\n"
+    assert done.stderr == f"error: --out {tmp_path} exists; choose another folder, or delete it\n"
 
 
 @pytest.mark.parametrize("action", ["list", "verify", "inspect"])

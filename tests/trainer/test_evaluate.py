@@ -21,7 +21,7 @@ from ultrarec.trainer.checkpoint import load_weights
 from ultrarec.trainer.config import Config
 from ultrarec.trainer.evaluate import Evaluator
 from ultrarec.trainer.evaluate_command import add_arguments, find_checkpoints, run
-from ultrarec.trainer.manifest import checkpoint_folder, complete_checkpoints
+from ultrarec.trainer.manifest import checkpoint_folder, complete_checkpoints, step_of
 from ultrarec.trainer.metrics import next_item_metrics, ranking_metrics
 from ultrarec.trainer.parallel import World
 
@@ -178,6 +178,21 @@ def test_the_command_evaluates_the_step_it_is_asked_for(trained, arguments, caps
     printed = capsys.readouterr().out
     assert "test (step 10)" in printed
     assert "ndcg@10" in printed
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_it_evaluated(trained, arguments, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(trained(1)["full_softmax"], out)
+    *_, before, newest = (step_of(folder) for folder in complete_checkpoints(out))
+    damaged = checkpoint_folder(out, newest) / "index.json"
+    damaged.write_bytes(damaged.read_bytes().replace(b"F32", b"F16", 1))
+    assert run(arguments(out)) == 0
+    printed = capsys.readouterr()
+    assert "is damaged: index.json has another checksum" in printed.err
+    assert printed.err.endswith("; looking for the checkpoint before it\n")
+    assert f"test (step {before})" in printed.out
+    with pytest.raises(UserError, match=f"; the one before it is --checkpoint {before}: give that instead"):
+        run(arguments(out, "--checkpoint", str(newest)))
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_used(trained, dat
     assert problem in told
     assert told.endswith("; looking for the checkpoint before it")
     assert complete_checkpoints(out) == [checkpoint_folder(out, 5), checkpoint_folder(out, 11)]
+    assert folder.with_name(f"damaged-{folder.name}").is_dir()
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff", b'{"step": 5}'])
@@ -210,6 +211,31 @@ def test_a_damaged_manifest_is_told_and_the_checkpoint_before_it_is_used(trained
     told = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("ATTENTION"))
     assert "manifest.json has another checksum than it says" in told
     assert complete_checkpoints(out) == [checkpoint_folder(out, 5), checkpoint_folder(out, 11)]
+
+
+def test_where_all_checkpoints_are_damaged_none_is_touched(trained, dataset, tmp_path, capsys):
+    out = interrupted(trained(1)["ranking"], tmp_path / "out", step=10)
+    for folder in complete_checkpoints(out):
+        damage_byte(folder / "index.json")
+    before = {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()}
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(config_of(dataset, "ranking", "trainer.max_steps=11").to_toml())
+    assert main([str(recipe), "--out", str(out)]) == 2
+    assert "error: all 2 complete checkpoints of this run are damaged" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_begins_from_an_older_checkpoint_where_the_newest_is_damaged(trained, dataset, tmp_path, capsys):
+    old, recipe = tmp_path / "old", tmp_path / "recipe.toml"
+    shutil.copytree(trained(1)["ranking"], old)
+    damage_byte(checkpoint_folder(old, 24) / "index.json")
+    config = config_of(dataset, "ranking", "trainer.max_steps=1", f"checkpoint.start_from={old}")
+    recipe.write_text(config.to_toml())
+    assert main([str(recipe), "--out", str(tmp_path / "new")]) == 0
+    told = capsys.readouterr().err
+    assert f"ATTENTION: checkpoint {checkpoint_folder(old, 24)} is damaged: index.json" in told
+    assert f"beginning with the weights of {checkpoint_folder(old, 20)}\n" in told
+    assert checkpoint_folder(old, 24) in complete_checkpoints(old), "another run's is only read"
 
 
 def train_by_command(dataset: Path, kind: str, out: Path, *arguments: str) -> int:

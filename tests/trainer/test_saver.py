@@ -1,7 +1,10 @@
 """Saving beside training: what fails is told and costs nothing else; what is kept; checkpoints in an object store."""
 
 import argparse
+import os
 import resource
+import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -10,17 +13,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from moto.server import ThreadedMotoServer
-from process_group import limit_files, run_ranks
+from process_group import limit_files, run_ranks, writer_processes
 from small_runs import checkpoint_tensors, config_of, differing, final_tensors, lines, losses, train_on_ranks
 
-from ultrarec.trainer import checkpoint_command, pieces
+from ultrarec.trainer import checkpoint_command, loop
 from ultrarec.trainer import saver as saver_module
 from ultrarec.trainer.__main__ import main
 from ultrarec.trainer.config import CheckpointConfig
-from ultrarec.trainer.manifest import all_checkpoints, checkpoint_folder, complete_checkpoints, step_of
+from ultrarec.trainer.manifest import Manifest, all_checkpoints, checkpoint_folder, complete_checkpoints, step_of
 from ultrarec.trainer.parallel import World
 from ultrarec.trainer.pieces import Piece
-from ultrarec.trainer.retention import kept_steps
+from ultrarec.trainer.retention import kept_steps, ranked, retain, scores, set_aside, worth_keeping
 from ultrarec.trainer.saver import Saver
 from ultrarec.trainer.state import TrainState
 from ultrarec.trainer.storage import location, put
@@ -45,8 +48,6 @@ def saved_steps(home) -> list[int]:
 
 def train_with_little_room(runs, full_from, full_to):
     """Trains, while rank 1 cannot write files of more than 100 kB for some of the steps."""
-    from ultrarec.trainer import loop
-
     record = loop.record
 
     def record_and_fill(run, step):
@@ -112,20 +113,19 @@ def test_each_setting_keeps_its_own_checkpoints_and_no_others(settings, kept):
     assert sorted(kept_steps(steps, CheckpointConfig(**settings), scores=scores)) == kept
 
 
-@pytest.mark.parametrize(("metric", "best"), [("loss", min), ("auc/is_click", max), (None, min)])
-def test_the_best_checkpoint_is_kept_however_old(dataset, tmp_path, metric, best):
-    out = tmp_path / "out"
-    settings = ["checkpoint.every=2", "trainer.evaluate_every=2", "checkpoint.keep_last=1", "checkpoint.keep_best=1"]
-    settings += [f"checkpoint.best_metric={metric}"] if metric else []
-    settings += ["trainer.max_steps=8", "optimizer.lr=0.1"]
-    assert train_here(config_of(dataset, "ranking", *settings), out, tmp_path / "recipe.toml") == 0
-
-    def value(line):
-        return line[metric] if metric else line["ne/is_click"] + line["ne/long_view"]
-
-    expected = best(lines(out, "validation"), key=value)["step"]
-    assert saved_steps(out) == sorted({expected, 8})
-    assert all_checkpoints(out) == complete_checkpoints(out)
+@pytest.mark.parametrize(
+    ("metric", "best"), [("loss", 2), ("ne/a", 3), ("auc/a", 1), ("unknown", None), (None, 2)], ids=str
+)
+def test_the_metric_tells_which_is_best(metric, best):
+    validations = {
+        1: {"loss": 0.5, "ne/a": 0.9, "ne/b": 0.9, "auc/a": 0.8},
+        2: {"loss": 0.4, "ne/a": 0.8, "ne/b": 0.7, "auc/a": 0.7},
+        3: {"loss": 0.6, "ne/a": 0.7, "ne/b": 0.9, "auc/a": None},
+        4: {"loss": None, "ne/a": None, "ne/b": 0.1, "auc/a": None},
+    }
+    known = scores(validations, metric)
+    assert 4 not in known
+    assert next(iter(ranked(list(known), known)), None) == best
 
 
 @pytest.fixture(scope="module")
@@ -183,47 +183,198 @@ def test_commands_read_an_object_store_as_they_read_a_folder(trained, dataset, t
     (home / "checkpoints" / "step-00000024" / "rank-00001.safetensors").unlink()
     assert command("verify", address("shelf/run")) == 1
     assert "rank-00001.safetensors is missing" in capsys.readouterr().out
+    set_aside(home / "checkpoints" / "step-00000024")
+    assert saved_steps(home) == [20]
+    assert retain(home, CheckpointConfig(), {}) == {20}
+
+
+def piece(value: float) -> list[Piece]:
+    """What a rank saves in tests of the saver alone."""
+    return [Piece.whole(f"rank/{dist.get_rank()}/values", torch.full((10,), value))]
+
+
+def new_saver(home: Path, said: list[str]) -> Saver:
+    world = World(rank=dist.get_rank(), size=2, device=torch.device("cpu"))
+    saver = Saver(CheckpointConfig(every=1), home, world, config_hash="", dataset="", say=said.append)
+    saver.prepare(piece(0.0))
+    return saver
+
+
+def signal_writer(number: int, *, rank: int = 1) -> None:
+    """A signal to the process that writes one rank's file: with SIGSTOP, storage that hangs."""
+    if dist.get_rank() == rank:
+        for pid in writer_processes():
+            os.kill(pid, number)
 
 
 def save_onto_slow_storage(home: Path):
     """Rank 1's storage hangs; what the saves of two steps return, take and say."""
-    released = threading.Event()
-    write = pieces.Image.write
-    rank = dist.get_rank()
-
-    def slow(image, folder):
-        if rank == 1:
-            released.wait()
-        return write(image, folder)
-
-    pieces.Image.write = slow
     saver_module.PATIENCE_SECONDS = 0.2
     said: list[str] = []
-    world = World(rank=rank, size=2, device=torch.device("cpu"))
-    saver = Saver(CheckpointConfig(), home, world, config_hash="", dataset="", say=said.append)
-    values, seconds = torch.zeros(10), []
-    for step in (1, 2):
-        values.fill_(step)
+    saver = new_saver(home, said)
+    saver.save(piece(1), TrainState(step=1), sync=[])
+    saver.wait()
+    signal_writer(signal.SIGSTOP)
+    seconds = []
+    for step in (2, 3, 4):
         started = time.monotonic()
-        saver.save([Piece.whole(f"rank/{rank}/values", values)], TrainState(step=step), sync=[])
+        saver.save(piece(step), TrainState(step=step), sync=[])
         seconds.append(time.monotonic() - started)
-    values.fill_(99)
+        time.sleep(0.2)
     dist.barrier()
-    unfinished = complete_checkpoints(home)
+    complete = saved_steps(home)
     dist.barrier()
-    released.set()
+    signal_writer(signal.SIGCONT)
     error = saver.wait()
     saver.close()
-    return seconds, said, unfinished, error, saver.failures
+    return seconds, said, complete, error, saver.failures
 
 
 def test_a_step_waits_for_no_storage_and_a_save_that_is_overtaken_is_left_out(tmp_path):
-    for seconds, said, unfinished, error, failures in run_ranks(save_onto_slow_storage, tmp_path, world_size=2):
+    for seconds, said, complete, error, failures in run_ranks(save_onto_slow_storage, tmp_path, world_size=2):
         assert max(seconds) < 10
-        (told,) = said
-        assert told.startswith("checkpoint of step 2 left out: that of step 1 is still being written to ")
-        assert (unfinished, error, failures) == ([], None, 1)
-    (folder,) = complete_checkpoints(tmp_path)
-    assert step_of(folder) == 1
-    for values in checkpoint_tensors(folder).values():
-        assert torch.equal(values, torch.ones(10)), "the state of the step that was saved"
+        first, second = said
+        assert first.startswith("checkpoint of step 3 left out: that of step 2 is still being written to ")
+        assert second.startswith("checkpoint of step 4 left out: that of step 2 is still being written to ")
+        assert (complete, error, failures) == ([1], None, 2)
+    assert saved_steps(tmp_path) == [1, 2]
+    for values in checkpoint_tensors(checkpoint_folder(tmp_path, 2)).values():
+        assert torch.equal(values, torch.full((10,), 2.0)), "the state of the step that was saved"
+
+
+def lose_a_writer(home: Path):
+    """Rank 1's writing process is killed in the middle of the second of three saves."""
+    said: list[str] = []
+    saver = new_saver(home, said)
+    errors = []
+    for step in (1, 2, 3):
+        if step == 2:
+            signal_writer(signal.SIGSTOP)
+        saver.save(piece(step), TrainState(step=step), sync=[])
+        if step == 2:
+            signal_writer(signal.SIGKILL)
+        errors.append(saver.wait())
+    saver.close()
+    return errors, said, saver.failures, writer_processes()
+
+
+def test_a_writing_process_that_dies_costs_one_save_and_that_loudly(tmp_path):
+    problem = "rank 1: the process that writes its file died"
+    for errors, said, failures, left in run_ranks(lose_a_writer, tmp_path, world_size=2):
+        assert errors == [None, problem, None]
+        assert len(said) == failures == 1
+        assert said[0].startswith("CHECKPOINT OF STEP 2 NOT WRITTEN to ")
+        assert left == []
+    assert saved_steps(tmp_path) == [1, 3]
+
+
+def at_steps(monkeypatch, **actions):
+    """Does something after some steps of runs in this process, before what is due at them: `s4=...` after step 4."""
+    record = loop.record
+
+    def record_and_act(run, step):
+        record(run, step)
+        if (action := actions.get(f"s{run.state.step}")) is not None:
+            action(run)
+
+    monkeypatch.setattr(loop, "record", record_and_act)
+
+
+def to_writers(number: int):
+    return lambda run=None: [os.kill(pid, number) for pid in writer_processes()]
+
+
+def test_the_last_step_is_saved_however_slow_the_save_before_it(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(saver_module, "PATIENCE_SECONDS", 0.0)
+    continue_later = threading.Timer(1.5, to_writers(signal.SIGCONT))
+    at_steps(monkeypatch, s2=to_writers(signal.SIGSTOP), s4=lambda run: continue_later.start())
+    config = config_of(dataset, "ranking", "checkpoint.every=2", "trainer.max_steps=4")
+    assert train_here(config, tmp_path / "out", tmp_path / "recipe.toml") == 0
+    continue_later.join()
+    assert saved_steps(tmp_path / "out") == [2, 4]
+
+
+def test_training_goes_on_while_the_object_store_is_away_and_saves_again_when_it_is_back(
+    trained, dataset, tmp_path, monkeypatch, capsys
+):
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    _, server._port = server.get_host_and_port()  # it shall come back at the same place
+    address = f"s3://key:secret@attic/run?endpoint_override=http%3A%2F%2F127.0.0.1%3A{server._port}&region=us-east-1"
+    home = location(address + "&allow_bucket_creation=true")
+    home.filesystem.create_dir("attic")
+    listed = []
+
+    def take_away(run):
+        server.stop()
+        to_writers(signal.SIGCONT)()  # the save of step 10 is under way
+
+    def bring_back(run):
+        run.saver.wait()
+        server.start()
+        listed.extend(saved_steps(home))
+
+    def wait(run):
+        run.saver.wait()
+
+    stop_writer = to_writers(signal.SIGSTOP)
+    at_steps(monkeypatch, s6=wait, s10=stop_writer, s11=take_away, s14=bring_back, s19=wait)
+    settings = ("checkpoint.every=5", "checkpoint.keep_last=9", f"checkpoint.path={address}")
+    out = tmp_path / "out"
+    try:
+        assert train_here(config_of(dataset, "ranking", *settings), out, tmp_path / "recipe.toml") == 0
+        assert "CHECKPOINT OF STEP 10 NOT WRITTEN to s3://attic/run/checkpoints/step-00000010: rank 0: " in (
+            capsys.readouterr().err
+        )
+        assert listed == [5]
+        assert saved_steps(home) == [5, 15, 20, 24]
+        assert all_checkpoints(home) == complete_checkpoints(home)
+        assert losses(out) == losses(trained(1)["ranking"])
+        assert not differing(final_tensors(home), final_tensors(trained(1)["ranking"]))
+    finally:
+        server.stop()
+
+
+def test_the_best_so_far_is_part_of_a_checkpoint_and_goes_where_it_goes(dataset, tmp_path):
+    settings = ["checkpoint.every=2", "trainer.evaluate_every=2", "checkpoint.keep_last=1", "checkpoint.keep_best=1"]
+    settings += ["checkpoint.best_metric=loss", "optimizer.lr=0.1"]
+    out, copy, recipe = tmp_path / "out", tmp_path / "copy", tmp_path / "recipe.toml"
+    assert train_here(config_of(dataset, "ranking", *settings, "trainer.max_steps=8"), out, recipe) == 0
+    loss = {line["step"]: line["loss"] for line in lines(out, "validation")}
+    best = min(loss, key=loss.get)
+    newest = Manifest.read(checkpoint_folder(out, 8))
+    assert {step: values["loss"] for step, values in newest.validations.items()}[best] == loss[best]
+    assert len(newest.validations) <= 3, "those of checkpoints that are kept, this one and the best"
+    for step in (best, 8):
+        shutil.copytree(checkpoint_folder(out, step), checkpoint_folder(copy, step), dirs_exist_ok=True)
+    assert train_here(config_of(dataset, "ranking", *settings, "trainer.max_steps=12"), copy, recipe) == 0
+    loss |= {line["step"]: line["loss"] for line in lines(copy, "validation")}
+    still_best = min(loss, key=loss.get)
+    assert saved_steps(copy) == sorted({still_best, 12})
+    assert Manifest.read(checkpoint_folder(copy, 12)).validations[still_best]["loss"] == loss[still_best]
+
+
+def test_a_checkpoint_remembers_validations_of_kept_steps_of_later_ones_and_the_best():
+    validations = {step: {"ndcg@10": score} for step, score in [(1, 0.1), (2, 0.9), (3, 0.2), (4, 0.3), (5, None)]}
+    config = CheckpointConfig()
+    assert worth_keeping(validations, config, kept={3, 4}).keys() == {2, 3, 4, 5}
+    assert worth_keeping(validations, config, kept=None) == validations
+
+
+def test_of_checkpoints_set_aside_the_newest_stays_and_none_counts_as_complete(tmp_path):
+    for step in range(1, 7):
+        put_manifest(checkpoint_folder(tmp_path, step))
+    for step in (5, 4):
+        set_aside(checkpoint_folder(tmp_path, step))
+    assert saved_steps(tmp_path) == [1, 2, 3, 6]
+    assert retain(tmp_path, CheckpointConfig(keep_last=2), {}) == {3, 6}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "step-00000003",
+        "step-00000006",
+        "damaged-step-00000005",
+    }
+
+
+def put_manifest(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
