@@ -15,6 +15,7 @@ from .checkpoint import Trainable
 from .config import Config
 from .evaluate import Evaluator
 from .journal import tell
+from .lock import alone_in
 from .loop import Run
 from .manifest import checkpoints_at, complete_checkpoints, newest_readable, use_newest
 from .opening import open_loader
@@ -45,10 +46,11 @@ def open_run(
         UserError: the dataset, the configuration or the run folder does not allow it.
     """
     fingerprint = load_dataset(config).fingerprint
-    complete = on_main(world, lambda: _own_checkpoints(config, out, fingerprint, fresh=fresh))
-    with assemble(config, out, world, complete, request=request or StopRequest(), owns=True) as run:
-        run.saver.prepare(run.trainable.pieces(world))
-        yield run
+    with alone_in(out, world):
+        complete = on_main(world, lambda: _own_checkpoints(config, out, fingerprint, fresh=fresh))
+        with assemble(config, out, world, complete, request=request or StopRequest(), owns=True) as run:
+            run.saver.prepare(run.trainable.pieces(world))
+            yield run
 
 
 @contextmanager

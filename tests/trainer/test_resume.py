@@ -1,5 +1,6 @@
 """A run that was cut off and continued is the run that was not; on other ranks it still consumes each sample once."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -299,8 +300,7 @@ def test_a_run_is_not_continued_on_another_dataset_nor_its_tables_loaded_into_ot
     assert told.endswith("restore the dataset to continue it, or choose another --out")
 
     folder = checkpoint_folder(out, 5)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"dataset": DatasetInfo.load(other).fingerprint}))
+    dataclasses.replace(Manifest.read(folder), dataset=DatasetInfo.load(other).fingerprint).write(folder)
     told = refusal(other, out)
     assert f"UserError: checkpoint {folder} does not fit this run: " in told
     assert told.endswith("; it was written for other tables or another model")
