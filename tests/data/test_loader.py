@@ -183,6 +183,7 @@ def test_a_step_is_the_same_on_every_world_size(path, sampler, world_size, size)
 def test_the_labels_of_a_step_are_known_to_every_rank(path, sampler, split, size):
     for step in steps(path, sampler, split=split, world_size=3, evaluate_rows=5, **size):
         assert {batch.num_labels for batch in step} == {sum(len(batch.labels) for batch in step)}
+        assert len({batch.loads for batch in step}) == 1
 
 
 @pytest.mark.parametrize("size", SIZES)
