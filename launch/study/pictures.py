@@ -33,7 +33,9 @@ def draw(results: Quality | Compute, folder: Path) -> None:
 def _save(paint: Any, path: Path, *, columns: int) -> None:
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, columns, figsize=(5 * columns, 3.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, columns, figsize=(6.5 if columns == 1 else 9, 3.8), layout="constrained", squeeze=False
+    )
     paint(list(axes[0]))
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -49,15 +51,16 @@ def _against_cost(axes: Any, results: Quality, picture: Picture) -> None:
             continue
         x = float(getattr(runs[0], picture.x))
         seeds = [value for each in runs if (value := each.test[picture.y]) is not None]
-        axes.vlines(x, min(seeds), max(seeds), color="grey", linewidth=1)
-        axes.annotate(variant.label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
-        lines.setdefault(variant.series or name, []).append((x, y))
+        (point,) = axes.plot(x, y, "o", label=variant.label)
+        axes.vlines(x, min(seeds), max(seeds), color=point.get_color(), linewidth=1)
+        if variant.series:
+            lines.setdefault(variant.series, []).append((x, y))
     for points in lines.values():
-        axes.plot(*zip(*sorted(points), strict=True), "o-", markersize=4)
+        axes.plot(*zip(*sorted(points), strict=True), "-", color="grey", linewidth=0.8, zorder=0)
     axes.set(xlabel=AXES[picture.x], ylabel=picture.y)
-    axes.set_xscale("log")
-    axes.margins(x=0.25, y=0.15)
+    axes.margins(x=0.1, y=0.1)
     axes.grid(alpha=0.3)
+    axes.figure.legend(loc="outside right upper", fontsize=8, frameon=False)
 
 
 def _times(panels: list[Any], results: Compute) -> None:
