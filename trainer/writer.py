@@ -61,6 +61,7 @@ class Writer:
         self._start()
 
     def _start(self) -> None:
+        self._is_lost = False
         self._connection, theirs = Pipe()
         with theirs:
             numbers = [self._descriptor, theirs.fileno(), os.getpid()]
@@ -74,7 +75,8 @@ class Writer:
 
     def revive(self) -> None:
         """Start the process anew if it died."""
-        if self._process.poll() is not None:
+        if self._is_lost or self._process.poll() is not None:
+            self._end()
             self._connection.close()
             self._start()
 
@@ -88,6 +90,7 @@ class Writer:
             self._connection.send((place, list(ends)))
             checksums, problem = self._connection.recv()
         except (EOFError, OSError):
+            self._is_lost = True  # its end of the connection closes a moment before it has ended
             raise WriteError("the process that writes its file died") from None
         if problem is not None:
             raise WriteError(problem)
@@ -95,10 +98,13 @@ class Writer:
 
     def close(self) -> None:
         """End the process, in the middle of a file if need be; whoever waits in `write` is told that it died."""
+        self._end()
+        os.close(self._descriptor)
+
+    def _end(self) -> None:
         self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(END_SECONDS)
-        os.close(self._descriptor)
 
 
 def reason_of(error: Exception) -> str:
