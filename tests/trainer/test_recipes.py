@@ -14,6 +14,7 @@ import torch
 from process_group import run_ranks
 from small_runs import train_on_ranks
 
+from ultrarec.data.config import DataConfig
 from ultrarec.data.schema import DatasetInfo, Vocabulary
 from ultrarec.data.synthetic import random_histories, write_dataset
 from ultrarec.trainer.build import Recommender, build_recommender, item_shares
@@ -78,7 +79,7 @@ def test_every_recipe_trains_a_step_when_it_is_made_small(info, tmp_path):
 
 
 def test_shares_of_items_are_how_often_each_is_trained_on(info):
-    shares = item_shares(info)
+    shares = item_shares(DataConfig(path=str(info.root), batch_rows=1), info)
     assert shares.shape == (NUM_ITEMS + 1,)
     assert shares[0] == 0
     # The rest is the share of unknown items, which the histories also hold.
