@@ -23,6 +23,7 @@ from small_runs import (
 
 from ultrarec.data.loader import NextItemSampler, RankingSampler
 from ultrarec.data.samples import RowCounts
+from ultrarec.trainer.report import read_lines
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -55,7 +56,8 @@ def test_losses_on_several_ranks_are_those_on_one(trained, kind, world_size):
 
 
 def test_metrics_tell_how_evenly_steps_were_dealt(trained):
-    alone, together = (lines(trained(world_size)["ranking"]) for world_size in (1, 2))
+    files = [trained(world_size)["ranking"] / "metrics.jsonl" for world_size in (1, 2)]
+    alone, together = ([line for line in read_lines(file) if line["split"] == "train"] for file in files)
     assert {(line["imbalance"], line["imbalance_least"]) for line in alone} == {(1, 1)}
     assert all(1 <= line["imbalance_least"] <= line["imbalance"] < 2 for line in together)
     assert any(line["imbalance"] > 1 for line in together)
