@@ -180,7 +180,7 @@ def test_no_event_of_a_next_item_sample_sees_itself_or_later_ones(log, tmp_path,
 def test_each_event_kept_of_a_next_item_sample_asks_for_its_successor_and_the_last_is_always_asked_for(log, selection):
     items = np.split(log.events["items"], log.ends[:-1])
     times = np.split(log.events["timestamps"], log.ends[:-1])
-    found = read(log.root, NextItemSampler(HISTORY), selection=selection)
+    found = read(log.root, NextItemSampler(HISTORY, "recent"), selection=selection)
     assert {row for row, _ in found} == set(np.flatnonzero(log.num_train >= 2).tolist())
     num_cut = 0
     for (row, _), (inputs, labels) in found.items():

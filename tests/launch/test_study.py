@@ -18,7 +18,7 @@ from ultrarec.launch import cli
 from ultrarec.launch.study import compute, page, results
 from ultrarec.launch.study.config import ComputeStudy, QualityStudy, list_studies, load_study
 from ultrarec.launch.study.runs import _cost, _run
-from ultrarec.trainer.report import read_lines
+from ultrarec.trainer.journal import read_lines
 
 # Of four evaluated steps the third is the best on validation, so that the last one is not what must be reported.
 STUDY = """

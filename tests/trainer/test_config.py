@@ -145,7 +145,8 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
         ),
         (
             "objective.tasks=[]",
-            "objective.tasks is empty: ranking needs at least one action to predict, e.g. tasks = ['is_click']",
+            "objective.tasks is empty: ranking needs at least one action to predict, e.g. tasks = ['is_click'], "
+            "or one of objective.regressions",
         ),
         (
             'objective.tasks=["is_click", "is_click"]',

@@ -23,7 +23,7 @@ from small_runs import (
 
 from ultrarec.data.loader import NextItemSampler, RankingSampler
 from ultrarec.data.samples import RowCounts
-from ultrarec.trainer.report import read_lines
+from ultrarec.trainer.journal import read_lines
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -76,7 +76,8 @@ def test_weights_and_optimizer_states_on_several_ranks_are_those_on_one(trained,
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_sample_of_every_epoch_is_consumed_once_over_all_ranks(trained, dataset, kind, world_size):
-    sampler = NextItemSampler(12, "recent") if "softmax" in kind else RankingSampler(12, 1)
+    targets = "all" if kind == "adamw_softmax" else "recent"
+    sampler = NextItemSampler(12, targets) if "softmax" in kind else RankingSampler(12, 1)
     expected = expected_samples(dataset, sampler)
     consumed = audit(trained(world_size)[kind])
     assert sorted(consumed) == list(range(4 if "softmax" in kind else 2))
