@@ -16,18 +16,38 @@ from typing import Any
 from pydantic import TypeAdapter
 from torch._C._distributed_c10d import Store
 
-from .manifest import FileRecord, Manifest
+from .manifest import MANIFEST, DamagedError, FileRecord, Manifest, discard
 from .parallel import World
 from .pieces import Entry, Image, write_index
-from .storage import Location, make_empty, remove_tree
+from .storage import Location, make_folder
 from .writer import reason_of
 
 POLL_SECONDS = 0.005, 0.5
 """Shortest and longest time between two looks at the store; in between, a tenth of what has been waited."""
 
 
+COMPLETE = "complete"
+
+
 class SaveError(Exception):
     """A checkpoint could not be written; the message says on which rank, and why."""
+
+
+def is_complete(folder: Location, *, config_hash: str, dataset: str) -> bool:
+    """Whether a folder holds a complete checkpoint of this run.
+
+    Raises:
+        SaveError: it holds one of another run.
+    """
+    if not (folder / MANIFEST).is_file():
+        return False
+    try:
+        found = Manifest.read(folder)
+    except DamagedError:
+        return False
+    if (found.config_hash, found.dataset) != (config_hash, dataset):
+        raise SaveError(f"{folder} is a checkpoint of another run; give each run a checkpoint.path of its own")
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +126,10 @@ class Commit:
     def _run(self) -> str | None:
         if self.world.is_main:
             self._forget_last()
-            self._tell("ready", self._attempt(lambda: make_empty(self.folder)))
+            self._tell("ready", self._attempt(self._begin))
         begun = self._hear("ready")
+        if begun.get("result") == COMPLETE:
+            return None
         part = begun if "error" in begun else self._attempt(self._write_part)
         self._tell(f"rank/{self.world.rank}", part)
         if self.world.is_main:
@@ -125,6 +147,14 @@ class Commit:
         except Exception as error:  # whatever a disk, an object store or a network may raise
             return {"error": f"rank {self.world.rank}: {reason_of(error)}"}
 
+    def _begin(self) -> str | None:
+        """Make the folder ready; COMPLETE if it holds this checkpoint already, which nothing may then touch."""
+        if is_complete(self.folder, config_hash=self.manifest.config_hash, dataset=self.manifest.dataset):
+            return COMPLETE
+        discard(self.folder)
+        make_folder(self.folder)
+        return None
+
     def _write_part(self) -> dict[str, Any]:
         record = self.image.write(self.folder)
         for bring_to_disk in self.sync:
@@ -141,7 +171,7 @@ class Commit:
             files = [index, *(part.record for part in parts)]
             dataclasses.replace(self.manifest, files=files).write(self.folder)
         except Exception:
-            self._attempt(lambda: remove_tree(self.folder))  # a full disk is not helped by half a checkpoint
+            self._attempt(lambda: discard(self.folder))  # a full disk is not helped by half a checkpoint
             raise
 
     def _tell(self, name: str, value: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 from pydantic import TypeAdapter
 
 from ..data.errors import UserError
-from .storage import Location, entries_of, put, size_of
+from .storage import Location, entries_of, put, remove_tree, size_of
 
 Value = TypeVar("Value")
 
@@ -181,6 +181,12 @@ def all_checkpoints(home: Location) -> list[Location]:
 def complete_checkpoints(home: Location) -> list[Location]:
     """The folders of a run's complete checkpoints, by step."""
     return [folder for folder in all_checkpoints(home) if (folder / MANIFEST).is_file()]
+
+
+def discard(folder: Location) -> None:
+    """Delete a checkpoint, its manifest first: a kill in between leaves a folder that is no checkpoint, not half of one."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    remove_tree(folder)
 
 
 def checkpoints_at(place: Location) -> list[Location]:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from ..data.errors import UserError
 from .config import CheckpointConfig
-from .manifest import MANIFEST, all_checkpoints, complete_checkpoints, step_of
+from .manifest import MANIFEST, all_checkpoints, complete_checkpoints, discard, step_of
 from .storage import Location, entries_of, put, remove_tree
 
 Validations: TypeAlias = Mapping[int, Mapping[str, float | None]]
@@ -38,9 +38,7 @@ def retain(home: Location, config: CheckpointConfig, validations: Validations) -
     for folder in all_checkpoints(home):
         step = step_of(folder) or 0
         if step not in kept and step < steps[-1]:
-            # The manifest goes first: a kill between the two leaves a folder that is no checkpoint, not half of one.
-            (folder / MANIFEST).unlink(missing_ok=True)
-            remove_tree(folder)
+            discard(folder)
     for folder in _set_aside_at(home)[:-1]:
         remove_tree(folder)
     return kept

@@ -10,6 +10,7 @@ for a data pointer, which they refuse.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import uuid
@@ -21,14 +22,15 @@ import torch
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
-from .commit import Board, Commit
+from ..data.errors import UserError
+from .commit import Board, Commit, SaveError, is_complete
 from .config import CheckpointConfig
-from .manifest import MANIFEST, Manifest, Position, checkpoint_folder
-from .parallel import World, on_main, sum_over_ranks
+from .manifest import Manifest, Position, checkpoint_folder
+from .parallel import World, gather_objects, on_main, sum_over_ranks
 from .pieces import Image, Piece, signature
 from .retention import retain, worth_keeping
 from .state import TrainState
-from .storage import checkpoint_home
+from .storage import Location, checkpoint_home
 from .writer import reason_of
 
 VERSIONED = ("ultrarec", "torch", "torchrec")
@@ -47,6 +49,7 @@ class Saver:
         out: the run folder.
         config_hash, dataset: what checkpoints belong to.
         say: tells the user a line of text.
+        limit_seconds: how long `wait` waits for storage.
     """
 
     def __init__(
@@ -58,12 +61,14 @@ class Saver:
         config_hash: str,
         dataset: str,
         say: Callable[[str], None],
+        limit_seconds: float = math.inf,
     ) -> None:
         self.home = checkpoint_home(config, out)
         self.failures = 0
         """Saves of this process that were left out or came to nothing."""
         self._config, self._world, self._say = config, world, say
         self._config_hash, self._dataset = config_hash, dataset
+        self._limit = limit_seconds
         self._stopped = threading.Event()
         # A process group may see several runs: each has keys of its own in the store.
         name = on_main(world, lambda: uuid.uuid4().hex)
@@ -91,11 +96,16 @@ class Saver:
             return
         if self._step == state.step and self._error is None and self._number:
             return  # it is saved already
+        folder = checkpoint_folder(self.home, state.step)
+        self._number, self._step, self._is_lost = self._number + 1, state.step, False
+        self._error = self._reserve(pieces)
+        if self._error is not None:
+            self._tell_failed(folder, state.step)
+            return
         image = self._image_of(pieces)
         image.stage(pieces)
-        self._number, self._step, self._error, self._is_lost = self._number + 1, state.step, None, False
+        self._stopped.clear()
         self._board.is_broken.clear()
-        folder = checkpoint_folder(self.home, state.step)
         commit = Commit(self._number, image, folder, self._manifest(state), self._world, self._board, sync)
         self._began = time.monotonic()
         self._thread = threading.Thread(target=self._work, args=(commit,), name=f"save-{state.step}", daemon=True)
@@ -105,9 +115,13 @@ class Saver:
             self._free_image()  # its memory serves no step
 
     def prepare(self, pieces: Sequence[Piece]) -> None:
-        """Reserve the memory of saves to come, so that a machine that lacks it says so before the first step."""
-        if self._config.asynchronous and self._config.every is not None:
-            self._image_of(pieces)
+        """Reserve the memory of saves to come, so that a machine that lacks it says so before the first step.
+
+        Raises:
+            UserError: on every rank, that one lacks it.
+        """
+        if self._config.asynchronous and self._config.every is not None and (problem := self._reserve(pieces)):
+            raise UserError(f"{problem}; train on more ranks or on machines with more memory, of which saving needs it")
 
     @property
     def is_busy(self) -> bool:
@@ -115,18 +129,37 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def has(self, step: int) -> bool:
-        """Whether a step has a complete checkpoint, as far as the storage answers."""
+        """Whether a step has a complete checkpoint of this run, as far as the storage answers."""
+        folder = checkpoint_folder(self.home, step)
         try:
-            return (checkpoint_folder(self.home, step) / MANIFEST).is_file()
-        except OSError:
+            return is_complete(folder, config_hash=self._config_hash, dataset=self._dataset)
+        except (OSError, SaveError, UserError):
             return False
 
     def wait(self) -> str | None:
-        """Wait for the save in flight; why the newest save failed, None if it is complete. The same on every rank."""
+        """Wait for the save in flight; why the newest save failed, None if it is complete.
+
+        All ranks call it, and all fail or none.
+        """
         if self._thread is not None:
+            started = time.monotonic()
             # Together: rank 0 may host the store; if it ended here, ranks that still ask for the outcome would lose it.
             while self._busy_ranks(WAIT_SECONDS):
-                pass
+                if int(sum_over_ranks(torch.tensor([time.monotonic() - started > self._limit]))):
+                    return self._give_up()
+        step = self._step
+        # Its manifest may stand although the word of it was lost.
+        if self._error is not None and step is not None and on_main(self._world, lambda: self.has(step)):
+            self._error = None
+        return self._error
+
+    def _give_up(self) -> str:
+        """End a save that storage keeps from ending; what to say of it."""
+        self._stopped.set()
+        self._free_image()
+        if self._thread is not None:
+            self._thread.join(END_SECONDS)
+        self._error = f"storage did not take it within {self._limit:g} s (trainer.timeout_seconds)"
         return self._error
 
     def close(self) -> None:
@@ -138,6 +171,16 @@ class Saver:
         if self._thread is not None:
             # Not for ever: storage that hangs must not keep a process that has failed from telling so.
             self._thread.join(END_SECONDS)
+
+    def _reserve(self, pieces: Sequence[Piece]) -> str | None:
+        """Have memory for a copy of what the ranks hold; what one of them lacks, the same on every rank."""
+        problem = None
+        try:
+            self._image_of(pieces)
+        except OSError as error:
+            size = sum(piece.tensor.nbytes for piece in pieces)
+            problem = f"rank {self._world.rank} has no memory for a copy of its {size:,} bytes: {reason_of(error)}"
+        return next(filter(None, gather_objects(problem)), None)
 
     def _image_of(self, pieces: Sequence[Piece]) -> Image:
         """Memory for a copy of this rank's part, which no step changes."""
@@ -164,14 +207,17 @@ class Saver:
         return False
 
     def _busy_ranks(self, patience: float) -> int:
-        """How many ranks are still at the newest save after so many seconds; that of one failed, failed on all."""
+        """How many ranks are still at the newest save after so many seconds; that of rank 0 is complete, or not, for all."""
         if self._thread is not None:
             self._thread.join(patience)
-        own = [self.is_busy, self._is_lost, self._error is not None]
-        busy, lost, failed = (int(ranks) for ranks in sum_over_ranks(torch.tensor(own)).tolist())
+        is_busy, has_failed = self.is_busy, self._error is not None
+        own = [is_busy, self._is_lost, has_failed, self._world.is_main and not is_busy and not has_failed]
+        busy, lost, failed, complete = (int(ranks) for ranks in sum_over_ranks(torch.tensor(own)).tolist())
         if lost:
             self._board.is_broken.set()
-        if not busy and failed and self._error is None:
+        if not busy and complete:
+            self._error = None  # rank 0 has written the manifest, whatever others have heard of it
+        elif not busy and failed and self._error is None:
             self._error = "it failed on another rank"
         return busy
 
@@ -182,13 +228,16 @@ class Saver:
         except Exception as error:  # of a store that is gone, maybe with the process group
             self._is_lost, self._error = True, f"rank {self._world.rank}: {reason_of(error)}"
         if self._error is not None:
-            self.failures += 1
-            self._say(
-                f"CHECKPOINT OF STEP {commit.manifest.step} NOT WRITTEN to {commit.folder}: {self._error}; "
-                "training goes on, and the last complete checkpoint stands"
-            )
+            self._tell_failed(commit.folder, commit.manifest.step)
         elif self._world.is_main:
             self._delete_superseded(commit.manifest)
+
+    def _tell_failed(self, folder: Location, step: int) -> None:
+        self.failures += 1
+        self._say(
+            f"CHECKPOINT OF STEP {step} NOT WRITTEN to {folder}: {self._error}; "
+            "training goes on, and the last complete checkpoint stands"
+        )
 
     def _delete_superseded(self, manifest: Manifest) -> None:
         try:

@@ -140,9 +140,8 @@ def entries_of(folder: Location) -> list[Location]:
     return list(folder.iterdir())
 
 
-def make_empty(folder: Location) -> None:
-    """Make a folder, or make it empty."""
-    remove_tree(folder)
+def make_folder(folder: Location) -> None:
+    """Make a folder that is not there, and those around it; object stores have none to make."""
     if isinstance(folder, Path):
         folder.mkdir(parents=True)
         _bring_to_disk(folder.parent)

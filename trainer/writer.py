@@ -49,14 +49,22 @@ class Writer:
     """Memory of some bytes, and the process that writes it to files; for one thread at a time.
 
     Made, and revived, on a thread that lasts as long as the rank: Linux ends the process with that thread.
+
+    Raises:
+        OSError: there is no memory for so many bytes.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
         padded = -(-size // ALIGNMENT) * ALIGNMENT
         self._descriptor = os.memfd_create("ultrarec-checkpoint")
-        os.ftruncate(self._descriptor, padded)
-        self.memory = mmap.mmap(self._descriptor, padded)
+        try:
+            # Every page now: what is missing would else be found by the first save, which Linux then ends with the rank.
+            os.posix_fallocate(self._descriptor, 0, padded)
+            self.memory = mmap.mmap(self._descriptor, padded, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        except OSError:
+            os.close(self._descriptor)
+            raise
         """The bytes to write, and padding up to ALIGNMENT."""
         self._start()
 
