@@ -5,7 +5,6 @@ longer names is removed: at any moment, a power cut included, the folder is eith
 steps are in `preparation/`.
 """
 
-import fcntl
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from .atomic import full_disk_explained, sync, undisturbed
 from .errors import UserError, counted
+from .locks import is_locked, open_lock
 from .preparation.options import EngineName, PrepareOptions
 from .schema import DATASET_FILE, HISTORIES_FOLDER, DatasetInfo
 
@@ -130,12 +130,13 @@ def _locked(out: Path) -> Iterator[None]:
     """One process at a time; the lock goes with its process, however that ends."""
     if not (out / DATASET_FILE).is_file():
         DatasetInfo.load(out)  # says what is wrong
-    descriptor = os.open(out, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--append: another process is appending to {out} now; wait for it") from None
+        descriptor = open_lock(out)
+    except OSError as error:
+        raise UserError(f"--append: cannot write to {out} ({error.strerror}); see who may write there") from None
+    try:
+        if not is_locked(descriptor):
+            raise UserError(f"--append: another process is appending to {out} now; wait for it")
         yield
     finally:
         os.close(descriptor)

@@ -23,6 +23,7 @@ from ..model.recommender import NextItemModel, NextItemOutput, RankingOutput
 from .build import Recommender, build_loader
 from .config import Config
 from .metrics import next_item_metrics, ranking_metrics, regression_metrics
+from .opening import check_ranks
 from .parallel import World, gather_rows, sum_over_ranks
 
 CATALOGUE_CHUNK = 16_384
@@ -66,6 +67,8 @@ class Evaluator:
 
     def _batches(self, split: Split, left_out: list[SkippedSample]) -> Iterator[Batch]:
         loader = build_loader(self.config, self.info, self.world, split=split)
+        if self.config.data.bad_data == "skip":
+            check_ranks(loader.faults)
         hidden = not self.world.is_main
         for batch in tqdm(loader, total=len_of(loader), desc=split, unit="batch", leave=False, disable=hidden or None):
             left_out += batch.skipped

@@ -46,6 +46,8 @@ class Journal:
         self._descriptor: int | None = None
         self._size = 0
         """Bytes of whole lines in the file."""
+        self._is_torn = False
+        """Whether part of a line may stand behind them."""
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._given_up = 0
@@ -102,14 +104,22 @@ class Journal:
 
     def _write(self, line: bytes) -> None:
         descriptor = self._open()
+        if self._is_torn:
+            self._cut(descriptor)
         try:
             written = 0
             while written < len(line):
                 written += os.write(descriptor, line[written:])
         except OSError:
-            os.ftruncate(descriptor, self._size)
+            self._is_torn = True
+            self._cut(descriptor)
             raise
         self._size += len(line)
+
+    def _cut(self, descriptor: int) -> None:
+        """Leave whole lines only; storage that is away may refuse this too, and then it is left to the next line."""
+        os.ftruncate(descriptor, self._size)
+        self._is_torn = False
 
     def _open(self) -> int:
         if self._descriptor is None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..data.errors import UserError
+from ..data.locks import is_locked, open_lock
 from .parallel import World, on_main
 
 PATIENCE_SECONDS = 60.0
@@ -18,14 +18,18 @@ POLL_SECONDS = 0.2
 
 
 @contextmanager
-def alone_in(out: Path, world: World) -> Iterator[None]:
+def alone_in(out: Path, world: World, *, timeout_seconds: float) -> Iterator[None]:
     """Hold the run folder as long as rank 0 lives; every rank takes part. File systems without locks do without.
+
+    Args:
+        timeout_seconds: how long the other ranks wait for rank 0; it gives up well before.
 
     Raises:
         UserError: another job holds it.
     """
     held: list[int] = []
-    on_main(world, lambda: held.extend(_lock(out)))
+    patience = min(PATIENCE_SECONDS, timeout_seconds / 2)
+    on_main(world, lambda: held.append(_lock(out, patience)))
     try:
         yield
     finally:
@@ -33,28 +37,19 @@ def alone_in(out: Path, world: World) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _lock(out: Path) -> list[int]:
+def _lock(out: Path, patience: float) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out, os.O_RDONLY)
+        descriptor = open_lock(out)
     except OSError as error:
         raise UserError(f"cannot write the run folder {out}: {error.strerror}; choose another --out") from None
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not _is_locked(descriptor):
+    end = time.monotonic() + patience
+    while not is_locked(descriptor):
         if time.monotonic() > end:
             os.close(descriptor)
             raise UserError(
-                f"another job trains in {out}, and has for more than {PATIENCE_SECONDS:g} s; "
+                f"another job trains in {out}, and has for more than {patience:g} s; "
                 "wait for its end, stop it, or choose another --out"
             )
         time.sleep(POLL_SECONDS)
-    return [descriptor]
-
-
-def _is_locked(descriptor: int) -> bool:
-    with suppress(OSError):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
+    return descriptor

@@ -32,9 +32,10 @@ def open_loader(
         loader = build_loader(config, info, world, split="train", state=state)
     except NothingLeftError as error:
         faults = error.faults
+        check_ranks(faults)
         on_main(world, lambda: _record(skips, faults))
         raise
-    _check_ranks(loader.faults)
+    check_ranks(loader.faults)
     if owns and state.consumed:
         on_main(world, lambda: _check_unchanged(skips.at_opening, loader.faults))
     on_main(world, lambda: _record(skips, loader.faults))
@@ -50,8 +51,13 @@ def _record(skips: SkipLog, faults: Sequence[Fault]) -> None:
         ) from None
 
 
-def _check_ranks(faults: Sequence[Fault]) -> None:
-    """Each rank has opened every file for itself, and a shared file system may show them different ones."""
+def check_ranks(faults: Sequence[Fault]) -> None:
+    """Compare what the ranks left out on opening: each opened every file for itself, and a shared file system may show
+    them different ones. Every rank takes part, also one that has nothing left.
+
+    Raises:
+        UserError: they differ, on every rank.
+    """
     by_rank = gather_objects([str(fault) for fault in faults])
     for rank, found in enumerate(by_rank):
         if found != by_rank[0]:

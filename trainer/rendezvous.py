@@ -14,6 +14,7 @@ import time
 import uuid
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed import DistStoreError
 
 from ..data.errors import UserError
 
@@ -45,7 +46,10 @@ def _attempt(store: Store, rank: int, world_size: int, timeout: datetime.timedel
         return name
     word = uuid.uuid4().hex
     store.set(f"word/{rank}", word)
-    name = store.get(f"name/{word}").decode()
+    try:
+        name = store.get(f"name/{word}").decode()
+    except DistStoreError:
+        raise UserError(_late("rank 0")) from None
     store.set(f"{name}/{rank}", "")
     return name
 
@@ -61,8 +65,9 @@ def _tell(store: Store, name: str, missing: set[int], deadline: float) -> None:
             if store.check([f"{name}/{rank}"]):
                 missing.remove(rank)
         if missing and time.monotonic() > deadline:
-            raise UserError(
-                f"rank(s) {', '.join(map(str, sorted(missing)))} did not come within trainer.timeout_seconds; "
-                "look for the first error in their logs"
-            )
+            raise UserError(_late(f"rank(s) {', '.join(map(str, sorted(missing)))}"))
         time.sleep(POLL_SECONDS if missing else 0)
+
+
+def _late(ranks: str) -> str:
+    return f"{ranks} did not come within trainer.timeout_seconds; look for the first error in their logs"

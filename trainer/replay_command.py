@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.errors import UserError
+from ..data.locations import shown
 from ..data.storage import load_dataset
 from .config import load_config
 from .journal import INCIDENTS_FILE, METRICS_FILE, read_lines
@@ -25,16 +26,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ultrarec replay`."""
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("step", type=int, metavar="STEP", help="the step to train again, from 1")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="override one setting of the run, e.g. data.path; may be repeated",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Replay; returns the exit code. In as many processes as the run had, the step is the same bit for bit."""
     if args.step < 1:
         raise UserError(f"step {args.step}: steps are counted from 1")
-    file = args.run_dir / "config.toml"
-    if not file.is_file():
-        raise UserError(f"{args.run_dir} is no run folder: it has no config.toml; check the path")
-    config = load_config(str(file))
+    config = _config_of(args.run_dir, args.set)
     complete = complete_checkpoints(checkpoint_home(config.checkpoint, args.run_dir))
     _check_dataset(config, complete, args.run_dir)
     _check_step(config, complete, args)
@@ -49,13 +54,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _config_of(run_dir: Path, overrides: list[str]) -> Config:
+    file = run_dir / "config.toml"
+    if not file.is_file():
+        raise UserError(f"{run_dir} is no run folder: it has no config.toml; check the path")
+    config = load_config(str(file), overrides)
+    if config.training_hash() != load_config(str(file)).training_hash():
+        names = ", ".join(each.partition("=")[0] for each in overrides)  # values may hold keys
+        raise UserError(
+            f"--set {names}: the step would not be that of {run_dir}, "
+            "of which data, embeddings, model and objective stay; set what changes none of them, such as data.path"
+        )
+    return config
+
+
 def _check_dataset(config: Config, complete: list[Location], run_dir: Path) -> None:
     """Refuse to replay on other data than the run's: a step's rows, and what their ids mean, would be others."""
-    manifest, present = newest_readable(complete), load_dataset(config.data.path).fingerprint
+    info = load_dataset(config.data.path, retry_seconds=config.data.retry_seconds)
+    manifest, present = newest_readable(complete), info.fingerprint
     if manifest is not None and manifest.dataset != present:
         raise UserError(
-            f"{run_dir} was trained on another dataset than {config.data.path} is now (fingerprints {manifest.dataset} "
-            f"and {present}); restore that dataset to replay the run"
+            f"{run_dir} was trained on another dataset than {shown(config.data.path)} is now (fingerprints "
+            f"{manifest.dataset} and {present}); restore that dataset to replay the run"
         )
 
 

@@ -46,7 +46,7 @@ def open_run(
         UserError: the dataset, the configuration or the run folder does not allow it.
     """
     fingerprint = load_dataset(config).fingerprint
-    with alone_in(out, world):
+    with alone_in(out, world, timeout_seconds=config.trainer.timeout_seconds):
         complete = on_main(world, lambda: _own_checkpoints(config, out, fingerprint, fresh=fresh))
         with assemble(config, out, world, complete, request=request or StopRequest(), owns=True) as run:
             run.saver.prepare(run.trainable.pieces(world))

@@ -62,7 +62,7 @@ def content(info):
 def assert_whole(info):
     """Every stated fact holds, and nothing else lies in the folder."""
     assert DatasetInfo.load(info.root) == info
-    named = [file.path for file in info.files] + [info.vocabularies["items"].path, "dataset.json"]
+    named = [file.path for file in info.files] + [info.vocabularies["items"].path, "dataset.json", ".lock"]
     assert sorted(str(p.relative_to(info.root)) for p in info.root.rglob("*") if p.is_file()) == sorted(named)
     for file in (*info.files, info.vocabularies["items"]):
         assert file.sha256 == hashlib.sha256(info.locate(file.path).read_bytes()).hexdigest()
@@ -143,7 +143,7 @@ def test_files_without_new_events_stay_as_they_are(tmp_path, small_files):
 
 
 def files_of(root):
-    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def refuses(out, message, *logs, **options):
@@ -207,7 +207,7 @@ def test_a_log_is_not_appended_twice(tmp_path):
 def test_one_process_appends_at_a_time(tmp_path):
     old, new = two_logs(tmp_path)
     prepare_log(tmp_path / "out", old)
-    descriptor = os.open(tmp_path / "out", os.O_RDONLY)
+    descriptor = os.open(tmp_path / "out" / ".lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     refuses(tmp_path / "out", "another process is appending to .*out now; wait for it", new)
     os.close(descriptor)

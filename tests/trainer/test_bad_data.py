@@ -1,15 +1,20 @@
 """What the policy "skip" leaves out of a run: counted, listed, and in no mean."""
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+import torch.distributed as dist
 from process_group import run_ranks
 from small_runs import audit, config_of, lines, make_dataset, train_on_ranks
 
 from ultrarec.data.loader import RankingSampler
 from ultrarec.data.samples import RowCounts
+from ultrarec.trainer.parallel import World
+from ultrarec.trainer.run import open_run
 
 
 def first_file(dataset):
@@ -115,3 +120,36 @@ def test_a_run_whose_only_file_is_truncated_names_it_and_lists_it(tmp_path):
         run_ranks(train_on_ranks, [(config, out)], world_size=2)
     faults = [json.loads(line) for line in (out / "skipped/opening.jsonl").read_text().splitlines()]
     assert [fault["num_rows"] for fault in faults] == [15, 15]
+
+
+def train_where_each_rank_sees_a_dataset_of_its_own(configs, out):
+    train_on_ranks([(configs[dist.get_rank()], out)])
+
+
+@pytest.mark.parametrize("blind", [0, 1])
+def test_a_rank_that_alone_finds_nothing_ends_the_run_on_all(tmp_path, blind):
+    """A file system that is not mounted on one of the machines."""
+    datasets = [make_dataset(tmp_path / str(rank) / "dataset", num_users=30) for rank in (0, 1)]
+    for path in datasets[blind].glob("histories/*.parquet"):
+        path.unlink()
+    configs = [config_of(dataset, "ranking", "data.bad_data=skip") for dataset in datasets]
+    with pytest.raises(RuntimeError) as raised:
+        run_ranks(train_where_each_rank_sees_a_dataset_of_its_own, configs, tmp_path / "out", world_size=2)
+    assert str(raised.value).count("UserError: ranks 0 and 1 find different data damaged, first ") == 2
+
+
+def evaluate_where_a_file_is_gone_on_rank_1(configs, out):
+    rank = dist.get_rank()
+    world = World(rank=rank, size=2, device=torch.device("cpu"))
+    with open_run(configs[rank], out, world, fresh=False) as run:
+        if rank == 1:
+            first_file(Path(configs[rank].data.path)).unlink()
+        run.evaluator("test")
+
+
+def test_ranks_that_find_different_held_out_data_end_the_run_on_all(tmp_path):
+    datasets = [make_dataset(tmp_path / str(rank) / "dataset", num_users=30) for rank in (0, 1)]
+    configs = [config_of(dataset, "ranking", "data.bad_data=skip") for dataset in datasets]
+    with pytest.raises(RuntimeError) as raised:
+        run_ranks(evaluate_where_a_file_is_gone_on_rank_1, configs, tmp_path / "out", world_size=2)
+    assert str(raised.value).count("UserError: ranks 0 and 1 find different data damaged, first ") == 2

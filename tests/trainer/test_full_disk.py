@@ -1,6 +1,7 @@
 """A full disk under the run folder: training goes on, says so, and writes what waited as soon as there is room."""
 
 import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -68,6 +69,29 @@ def test_lines_without_room_wait_in_order_and_none_is_cut(disk, capsys):
     said = f"ATTENTION: cannot write {journal.path}: No space left on device; 1 line(s) wait in memory, "
     assert first == f"{said}and training goes on"
     assert last == f"{journal.path} can be written again; {100 - len(there)} line(s) that waited are in it"
+
+
+def test_half_a_line_that_could_not_be_cut_off_at_once_is_cut_off_before_the_next(disk, monkeypatch):
+    """Storage that fails may refuse both, the rest of a line and the cut."""
+    refused = []
+
+    def refuse(descriptor, size):
+        refused.append(os.fstat(descriptor).st_size - size)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    journal = Journal(disk.folder / "lines.jsonl")
+    journal.append({"step": 0})
+    disk.fill()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "ftruncate", refuse)
+        for step in (1, 2):
+            journal.append({"step": step, "text": "x" * 5000})
+        assert refused[0] > 0, "no half line was written"
+        assert journal.path.stat().st_size == 4096
+    disk.free()
+    journal.append({"step": 3})
+    journal.close()
+    assert numbers(journal.path) == [0, 1, 2, 3]
 
 
 def test_of_lines_that_wait_too_long_the_oldest_are_given_up_and_counted(disk, capsys, monkeypatch):

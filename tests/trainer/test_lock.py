@@ -2,11 +2,14 @@
 
 import fcntl
 import os
+import subprocess
 import threading
+import time
 
 import pytest
 from small_runs import config_of, lines
 
+from ultrarec.data.locks import is_locked, open_lock
 from ultrarec.trainer import lock
 from ultrarec.trainer.__main__ import main
 
@@ -17,7 +20,7 @@ def job(dataset, tmp_path):
     recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
     recipe.write_text(config_of(dataset, "ranking", "trainer.max_steps=1").to_toml())
     out.mkdir()
-    held = os.open(out, os.O_RDONLY)
+    held = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(held, fcntl.LOCK_EX)
     return [str(recipe), "--out", str(out)], out, held
 
@@ -29,7 +32,7 @@ def test_a_second_job_in_a_run_folder_is_refused_and_changes_nothing(job, monkey
     assert (
         f"error: another job trains in {out}, and has for more than 0.3 s; wait for its end" in capsys.readouterr().err
     )
-    assert list(out.iterdir()) == []
+    assert list(out.iterdir()) == [out / ".lock"]
     os.close(held)
 
 
@@ -38,6 +41,30 @@ def test_a_job_waits_for_the_end_of_the_one_before_and_leaves_the_folder_free(jo
     threading.Timer(1.0, os.close, (held,)).start()
     assert main(command) == 0
     assert [line["step"] for line in lines(out)] == [1]
-    after = os.open(out, os.O_RDONLY)
+    after = os.open(out / ".lock", os.O_RDWR)
     fcntl.flock(after, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(after)
+
+
+def test_a_job_gives_up_before_its_other_ranks_have_waited_for_their_time_limit(job, capsys):
+    command, out, held = job
+    began = time.monotonic()
+    assert main([*command, "--set", "trainer.timeout_seconds=1"]) == 2
+    assert time.monotonic() - began < 30
+    assert f"another job trains in {out}, and has for more than 0.5 s" in capsys.readouterr().err
+    os.close(held)
+
+
+def test_a_folder_without_room_for_one_more_file_is_locked_all_the_same(tmp_path):
+    options = ["-t", "tmpfs", "-o", "size=64k,nr_inodes=1", "tmpfs", tmp_path]
+    if subprocess.run(["mount", *options], check=False).returncode:
+        pytest.skip("may not mount a file system here")
+    first, second = open_lock(tmp_path), open_lock(tmp_path)
+    try:
+        assert list(tmp_path.iterdir()) == []
+        assert is_locked(first)
+        assert not is_locked(second)
+    finally:
+        os.close(first)
+        os.close(second)
+        subprocess.run(["umount", tmp_path], check=True)

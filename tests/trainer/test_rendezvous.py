@@ -50,7 +50,8 @@ def test_ranks_that_died_while_they_met_do_not_stand_for_those_that_come_after(s
     with ThreadPoolExecutor(1) as dead:
         # Rank 1 of an attempt whose rank 0 never came.
         alone = dead.submit(agent_store, 1, 2, datetime.timedelta(seconds=0.5))
-        assert alone.exception() is not None
+        assert isinstance(alone.exception(), UserError)
+        assert str(alone.exception()).startswith("rank 0 did not come within trainer.timeout_seconds; look for the ")
     with pytest.raises(UserError, match=r"rank\(s\) 1 did not come within trainer.timeout_seconds"):
         agent_store(0, 2, datetime.timedelta(seconds=0.3))
     first, second = attempt(2)

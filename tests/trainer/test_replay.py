@@ -28,7 +28,7 @@ from ultrarec.trainer.parallel import World
 SETTINGS = ("model.dropout=0.3", "checkpoint.every=5", "trainer.max_steps=12")
 
 
-def replayed(out: Path, step: int) -> str:
+def replayed(out: Path, step: int, *settings: str) -> str:
     """What the command prints on this rank, in the group that the test has made."""
 
     @contextlib.contextmanager
@@ -37,7 +37,7 @@ def replayed(out: Path, step: int) -> str:
 
     shown = io.StringIO()
     with patch.object(parallel, "join", joined), contextlib.redirect_stdout(shown):
-        replay_command.run(Namespace(run_dir=out, step=step))
+        replay_command.run(Namespace(run_dir=out, step=step, set=list(settings)))
     return shown.getvalue()
 
 
@@ -111,17 +111,24 @@ def test_a_step_that_the_run_does_not_have_is_refused(dataset, tmp_path, step, s
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is no run folder: it has no config\.toml; check the path"):
-        replay_command.run(Namespace(run_dir=tmp_path, step=1))
+        replay_command.run(Namespace(run_dir=tmp_path, step=1, set=[]))
     assert not (tmp_path / METRICS_FILE).exists()
 
 
-def replay_by_command(out: Path, step: int) -> tuple[int, str]:
+def replay_by_command(out: Path, step: int, *settings: str) -> tuple[int, str]:
     """Exit code and messages of the command, which must not have loaded torch."""
     script = (
         "import sys\nfrom ultrarec.launch.cli import main\n"
         "code = main(['replay', *sys.argv[1:]])\nsys.exit(99 if 'torch' in sys.modules else code)"
     )
-    command = [sys.executable, "-c", script, str(out), str(step)]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        str(out),
+        str(step),
+        *(word for each in settings for word in ("--set", each)),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     return done.returncode, done.stderr
 
@@ -152,3 +159,31 @@ def test_a_step_behind_the_last_line_of_a_run_that_broke_off_may_have_been_train
     shutil.rmtree(out / "checkpoints" / "step-00000024")
     assert "step 23: loss " in run_ranks(replayed, out, 23, world_size=1)[0]
     assert replay_by_command(out, 24)[1] == f"error: step 24: {out} has come to step 22; choose one from 1 to 22\n"
+
+
+def test_replay_finds_the_dataset_where_it_is_said_to_be(dataset, trained, tmp_path):
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    shutil.copytree(trained(1)["ranking"], out)
+    shutil.copytree(dataset, moved)
+    file = out / "config.toml"
+    file.write_text(file.read_text().replace(str(dataset), str(tmp_path / "gone")))
+    code, said = replay_by_command(out, 3)
+    assert (code, str(tmp_path / "gone") in said) == (2, True)
+    (shown,) = run_ranks(replayed, out, 3, f"data.path={moved}", world_size=1)
+    assert f"step 3: loss {lines(out)[2]['loss']:.6g}, " in shown
+
+
+def test_settings_that_would_make_it_another_step_are_refused(trained):
+    out = trained(1)["ranking"]
+    code, said = replay_by_command(out, 3, "data.batch_rows=25")
+    assert code == 2
+    assert said.startswith(f"error: --set data.batch_rows: the step would not be that of {out}, ")
+
+
+def test_replay_repeats_no_key_and_waits_for_storage_as_long_as_it_is_told(trained):
+    address = "s3://AKIAKEY:tops3cret@logs/shop?scheme=http&endpoint_override=127.0.0.1:1&region=us-east-1"
+    code, said = replay_by_command(trained(1)["ranking"], 3, f"data.path={address}", "data.retry_seconds=0")
+    assert code == 75
+    assert "error: s3://logs/shop/dataset.json cannot be read: 1 attempt in " in said
+    assert "AKIAKEY" not in said
+    assert "s3cret" not in said
