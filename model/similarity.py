@@ -4,9 +4,9 @@
     mlp:  (<w, q * i> + <v, relu(W [q; i] + b)>) / temperature
 
 The network is NeuMF (He et al., arXiv 1708.05031, section 3.4) with one hidden layer, and with the same q and i in both
-of its parts. w begins as ones, so that it starts from the dot product, which such networks are slow to learn (Rendle
-et al., arXiv 2005.09683). W [q; i] is W_q q + W_i i: each is made once of a user or an item, and only sum, relu and the
-product with v once of a pair.
+of its parts. w begins as ones and v as zeros: training starts from the dot product, which such networks are slow to
+learn (Rendle et al., arXiv 2005.09683). W [q; i] is W_q q + W_i i: each is made once of a user or an item, and only
+sum, relu and the product with v once of a pair.
 """
 
 # M = user vectors, C = items, D = their width, H = hidden width; queries and items may have a leading dimension B
@@ -81,6 +81,7 @@ class MLP(nn.Module):
         self.product = nn.Parameter(torch.ones(width))
         self.hidden = linear(2 * width, hidden)
         self.output = linear(hidden, 1, bias=False)
+        nn.init.zeros_(self.output.weight)
 
     def queries(self, users_MD: Tensor) -> Tensor:
         """[..., D] to [..., D + H], also under autocast in full precision, as in evaluation."""

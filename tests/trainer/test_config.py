@@ -145,7 +145,8 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
         ),
         (
             "objective.tasks=[]",
-            "objective.tasks is empty: ranking needs at least one action to predict, e.g. tasks = ['is_click']",
+            "objective.tasks is empty: ranking needs at least one action to predict, e.g. tasks = ['is_click'], "
+            "or one of objective.regressions",
         ),
         (
             'objective.tasks=["is_click", "is_click"]',
@@ -158,6 +159,10 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
             "objective.num_in_batch=4",
             "objective.num_in_batch=4 adds negatives to loss='sampled_softmax', and objective.loss='full_softmax' "
             "would ignore them; set that loss, or num_in_batch to 0",
+        ),
+        (
+            "objective.similarity=mlp",
+            "objective.similarity='mlp' belongs to kind='next_item'; remove it for kind='ranking'",
         ),
         (
             "model.tail={num_layers=1, num_events=8, prefix=2}",
