@@ -198,7 +198,7 @@ class ObjectiveConfig(BaseModel):
     """Ranking: further tasks, each named by the event column whose value it predicts. A missing value, and on a
     logarithmic scale a negative one, is no label."""
     head_hidden: int = Field(default=128, gt=0, le=MOST_COLUMNS)
-    """Ranking: hidden width of the prediction head."""
+    """Hidden width of the prediction head, and of `similarity = "mlp"`."""
     num_experts: int = Field(default=0, ge=0, le=1024)
     """Ranking: hidden layers of the head, which each task mixes by a gate of its own (MMoE, KDD 2018); 0 is a single
     one that all tasks share."""
@@ -213,8 +213,12 @@ class ObjectiveConfig(BaseModel):
     num_in_batch: int = Field(default=0, ge=0)
     """Next item, sampled softmax: so many further negatives, labels of other positions of this rank's step. They are
     items as often as these are popular; each negative's score is then corrected by how often it is expected."""
+    similarity: Literal["dot", "mlp"] = "dot"
+    """Next item: how a user vector and an item embedding, both of length 1, become a score: their dot product, or, with
+    `mlp`, that with a learned weight per column plus a hidden layer of `head_hidden` units which reads both (NeuMF,
+    arXiv 1708.05031). It costs a pass over all scores for every unit: choose few, and a sampled loss."""
     temperature: float = Field(default=0.05, gt=0)
-    """Next item: divides the cosine of user vector and item embedding."""
+    """Next item: divides the similarity of user vector and item embedding."""
 
     @model_validator(mode="after")
     def _tasks_fit_kind(self) -> ObjectiveConfig:
@@ -228,6 +232,10 @@ class ObjectiveConfig(BaseModel):
                 raise ValueError(
                     f"objective.{name}={list(tasks)} belongs to kind='ranking'; remove it for kind='next_item'"
                 )
+        if self.kind == "ranking" and self.similarity != "dot":
+            raise ValueError(
+                f"objective.similarity={self.similarity!r} belongs to kind='next_item'; remove it for kind='ranking'"
+            )
         if both := sorted(set(self.tasks) & set(self.regressions)):
             raise ValueError(f"objective.tasks and objective.regressions both name {both}; a task is one or the other")
         if self.num_in_batch and self.loss != "sampled_softmax":

@@ -246,7 +246,7 @@ def sample_flops(model: ModelConfig, objective: ObjectiveConfig, sample: Sample,
     """All operations of a model on one sample: token encoders, backbone, head and, for the next item, its loss."""
     is_ranking = objective.kind == "ranking"
     backbone = backbone_flops(model, sample, context_sees_history=is_ranking)
-    ends = _ranking_head(model, objective, sample) if is_ranking else _next_item(model, sample, inputs)
+    ends = _ranking_head(model, objective, sample) if is_ranking else _next_item(model, objective, sample, inputs)
     return _encoders(model, sample, inputs) + backbone + ends
 
 
@@ -271,10 +271,27 @@ def _ranking_head(model: ModelConfig, objective: ObjectiveConfig, sample: Sample
     return item + experts + matmul(sample.targets, objective.head_hidden, num_tasks)
 
 
-def _next_item(model: ModelConfig, sample: Sample, inputs: Inputs) -> Flops:
+def _next_item(model: ModelConfig, objective: ObjectiveConfig, sample: Sample, inputs: Inputs) -> Flops:
     width = inputs.embedding_dim
     project = matmul(sample.history, model.width, width) if width != model.width else Flops()
-    return project + matmul(sample.history, width, inputs.num_candidates)
+    scores = matmul(sample.history, width, inputs.num_candidates)
+    if objective.similarity == "mlp":
+        scores += _similarity_by_mlp(objective, sample, inputs)
+    return project + scores
+
+
+def _similarity_by_mlp(objective: ObjectiveConfig, sample: Sample, inputs: Inputs) -> Flops:
+    """Beyond the dot product: hidden vectors of users and of a sample's own items, not of those that a step shares.
+
+    A pair multiplies its hidden layer by the output's weights. The backward pass makes the scores again.
+    """
+    width, hidden = inputs.embedding_dim, objective.head_hidden
+    vectors = sample.history * (1 if objective.loss == "full_softmax" else 2)  # sampled: each has its positive
+    if objective.negatives_shared_by == "sample":
+        vectors = vectors + inputs.num_candidates
+    pairs = matmul(sample.history, hidden, inputs.num_candidates)
+    again = Flops(backward=matmul(sample.history, width + hidden, inputs.num_candidates).forward)
+    return matmul(vectors, width, hidden) + pairs + again
 
 
 def hstu_activation_bytes(config: ModelConfig, sample: Sample, *, bytes_per_value: int = 4) -> Count:

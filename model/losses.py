@@ -1,4 +1,8 @@
-"""Losses, each the sum over a rank's labels, so that the sum over ranks divided by all labels is the step's mean."""
+"""Losses, each the sum over a rank's labels, so that the sum over ranks divided by all labels is the step's mean.
+
+Those of the next item read what `similarity` makes of user and item vectors of length 1, the vectors themselves for the
+dot product; D is then its width. The temperature divides all scores.
+"""
 
 # M = labelled predictions, C = candidates, D = embedding width, K = tasks, B = samples, N = their most predictions
 
@@ -12,12 +16,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .layers import full_precision
+from .similarity import DOT, LOGITS_PER_CHUNK, Similarity
 
 NORMALIZE_EPS = 1e-6
-
-LOGITS_PER_CHUNK = {"cpu": 2**19, "cuda": 2**26}
-"""Logits of the softmax that exist at once. Two MiB stay in a CPU's cache: 8192 x 3706 logits of width 50 took one
-thread 0.21 s, 0.34 s in chunks four times as large, 0.91 s whole through `cross_entropy`. A GPU wants few launches."""
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -43,15 +44,21 @@ def task_losses(predictions_MK: Tensor, labels_MK: Tensor, *, num_binary: int) -
     return torch.cat([entropy, (numbers - expected).square()], dim=1)
 
 
-def full_softmax(users_MD: Tensor, catalogue_CD: Tensor, labels_M: Tensor, *, temperature: float) -> Tensor:
+def full_softmax(
+    users_MD: Tensor,
+    catalogue_CD: Tensor,
+    labels_M: Tensor,
+    *,
+    temperature: float,
+    similarity: Similarity = DOT,
+) -> Tensor:
     """Cross entropy of every user vector over the whole catalogue, summed (scalar).
 
     The catalogue's rows are the items 1..C in order, so label i is row i - 1. Label 0, the unknown item, is ignored.
-    Vectors are of length 1; temperature divides their products.
     """
     queries_MD = users_MD / temperature
-    positive_M = (queries_MD * catalogue_CD[(labels_M - 1).clamp(min=0)]).sum(dim=-1)
-    return _softmax(queries_MD, catalogue_CD, positive_M, labels_M, None)
+    positive_M = similarity.pairs(queries_MD, catalogue_CD[(labels_M - 1).clamp(min=0)])
+    return _softmax(queries_MD, catalogue_CD, positive_M, labels_M, similarity=similarity)
 
 
 def sampled_softmax(
@@ -63,18 +70,21 @@ def sampled_softmax(
     candidate_ids_C: Tensor,
     temperature: float,
     expected_counts_C: Tensor | None = None,
+    similarity: Similarity = DOT,
 ) -> Tensor:
     """Cross entropy of every user vector over its own positive and the shared candidates, summed (scalar).
 
     A candidate that is the row's own label does not count against it. Label 0, the unknown item, is ignored.
-    Vectors are of length 1; temperature divides their products. With `expected_counts_C`, how often each candidate's
-    item is expected among the candidates, an item counts as much however popular it is: the logarithm is taken off its
-    score (Bengio and Senecal, 2008), and the sum over candidates estimates that over the catalogue.
+    With `expected_counts_C`, how often each candidate's item is expected among the candidates, an item counts as much
+    however popular it is: the logarithm is taken off its score (Bengio and Senecal, 2008), and the sum over candidates
+    estimates that over the catalogue.
     """
     queries_MD = users_MD / temperature
-    positive_M = (queries_MD * positives_MD).sum(dim=-1)
+    positive_M = similarity.pairs(queries_MD, positives_MD)
     shift_C = None if expected_counts_C is None else -expected_counts_C.to(queries_MD.dtype).log()
-    return _softmax(queries_MD, candidates_CD, positive_M, labels_M, candidate_ids_C, shift_C)
+    return _softmax(
+        queries_MD, candidates_CD, positive_M, labels_M, candidate_ids_C, shift_C=shift_C, similarity=similarity
+    )
 
 
 def per_sample_softmax(
@@ -86,6 +96,7 @@ def per_sample_softmax(
     labels_M: Tensor,
     candidate_ids_BC: Tensor,
     temperature: float,
+    similarity: Similarity = DOT,
 ) -> Tensor:
     """As sampled_softmax, where sample b's predictions, `offsets[b]` to `offsets[b + 1]`, have candidates of their own.
 
@@ -102,8 +113,10 @@ def per_sample_softmax(
         return padded.index_copy(0, place_M, x_M).view(len(lengths), longest, *x_M.shape[1:])
 
     # A place without a prediction has label 0, and so counts for nothing.
-    positive_M = (queries_MD * positives_MD).sum(dim=-1)
-    return _softmax(pad(queries_MD), candidates_BCD, pad(positive_M), pad(labels_M), candidate_ids_BC)
+    positive_M = similarity.pairs(queries_MD, positives_MD)
+    return _softmax(
+        pad(queries_MD), candidates_BCD, pad(positive_M), pad(labels_M), candidate_ids_BC, similarity=similarity
+    )
 
 
 def sampled_bce(
@@ -114,30 +127,36 @@ def sampled_bce(
     labels_M: Tensor,
     candidate_ids_C: Tensor,
     temperature: float,
+    similarity: Similarity = DOT,
 ) -> Tensor:
     """Binary cross entropy of every positive, and the mean of it over the shared negatives, summed (scalar).
 
     SASRec's loss (arXiv 1808.09781, section 3.6) with more negatives than one. A candidate that is the row's own label
-    is no negative of it. Label 0, the unknown item, is ignored. Vectors are of length 1; temperature divides products.
+    is no negative of it. Label 0, the unknown item, is ignored.
     """
     queries_MD = users_MD / temperature
-    positive_M = (queries_MD * positives_MD).sum(dim=-1)
+    positive_M = similarity.pairs(queries_MD, positives_MD)
     counts_M = (labels_M > 0).to(queries_MD.dtype)
     with torch.autocast(queries_MD.device.type, enabled=False):
         loss = (counts_M * F.softplus(-positive_M)).sum()
-        rows = max(1, LOGITS_PER_CHUNK[queries_MD.device.type] // len(candidates_CD))
         # At least once, so that candidates have a gradient where there is no label.
-        for begin in range(0, max(len(queries_MD), 1), rows):
-            chunk = slice(begin, begin + rows)
+        for chunk in _chunks(queries_MD, candidates_CD):
             weights = counts_M[chunk, None] * (labels_M[chunk, None] != candidate_ids_C) / len(candidate_ids_C)
             # The logits are made again in the backward: of all chunks together they are the largest tensor of a step.
-            inputs = (queries_MD[chunk], candidates_CD, weights)
+            inputs = (similarity, queries_MD[chunk], candidates_CD, weights)
             loss = loss + checkpoint(_weighted_softplus, *inputs, use_reentrant=False, preserve_rng_state=False)
     return loss
 
 
-def _weighted_softplus(queries_MD: Tensor, candidates_CD: Tensor, weights_MC: Tensor) -> Tensor:
-    return (weights_MC * F.softplus(queries_MD @ candidates_CD.T)).sum()
+def _weighted_softplus(similarity: Similarity, queries_MD: Tensor, candidates_CD: Tensor, weights_MC: Tensor) -> Tensor:
+    return (weights_MC * F.softplus(similarity.scores(queries_MD, candidates_CD))).sum()
+
+
+def _chunks(queries: Tensor, candidates: Tensor) -> list[slice]:
+    """Parts of queries [M, D], which share candidates [C, D], or [B, N, D], which do not; at least one."""
+    logits_per_row = candidates.size(-2) * (1 if candidates.dim() == 2 else queries.size(1))
+    rows = max(1, LOGITS_PER_CHUNK[queries.device.type] // logits_per_row)
+    return [slice(begin, begin + rows) for begin in range(0, max(len(queries), 1), rows)]
 
 
 def _softmax(
@@ -145,22 +164,54 @@ def _softmax(
     candidates: Tensor,
     positive: Tensor,
     labels: Tensor,
-    candidate_ids: Tensor | None,
+    candidate_ids: Tensor | None = None,
+    *,
     shift_C: Tensor | None = None,
+    similarity: Similarity,
 ) -> Tensor:
-    apply = cast(Callable[..., Tensor], _ChunkedSoftmax.apply)
-    with torch.autocast(queries.device.type, enabled=False):
-        return apply(queries, candidates, positive, labels, candidate_ids, shift_C)
-
-
-class _ChunkedSoftmax(torch.autograd.Function):
-    """sum over m with label > 0 of logsumexp(logits_m) - positive_m, where logits = queries @ candidates^T.
+    """sum over m with label > 0 of logsumexp(logits_m) - positive_m, where logits = similarity.scores(...).
 
     Queries [M, D] share the candidates [C, D]; or queries [B, N, D] have candidates [B, C, D], and so ids [B, C].
     With candidate ids, the positive joins the candidates' logits, and candidates equal to the label leave them; a
-    shift [C] is added to the candidates' logits and takes no gradient.
-    Nothing of size M x C exists: the loss is a sum, so its gradients are known up to the incoming scalar while a
-    chunk's logits are at hand, and the forward pass keeps those instead of the logits.
+    shift [C] is added to the candidates' logits and takes no gradient. Nothing of size M x C exists.
+    """
+    apply = cast(Callable[..., Tensor], _ChunkedSoftmax.apply)
+    with torch.autocast(queries.device.type, enabled=False):
+        if similarity is DOT:
+            return apply(queries, candidates, positive, labels, candidate_ids, shift_C)
+        loss = queries.new_zeros(())
+        for chunk in _chunks(queries, candidates):
+            compared = slice(None) if candidates.dim() == 2 else chunk
+            ids = None if candidate_ids is None else candidate_ids[compared]
+            inputs = (similarity, queries[chunk], candidates[compared], positive[chunk], labels[chunk], ids, shift_C)
+            loss = loss + checkpoint(_entropy, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return loss
+
+
+def _entropy(
+    similarity: Similarity,
+    queries: Tensor,
+    candidates: Tensor,
+    positive: Tensor,
+    labels: Tensor,
+    candidate_ids: Tensor | None,
+    shift_C: Tensor | None,
+) -> Tensor:
+    """`_softmax` of a chunk, any similarity's, by autograd."""
+    logits = similarity.scores(queries, candidates)
+    if shift_C is not None:
+        logits = logits + shift_C
+    if candidate_ids is not None:
+        logits = logits.masked_fill(labels[..., None] == candidate_ids.unsqueeze(-2), -torch.inf)
+        logits = torch.cat([positive[..., None], logits], dim=-1)
+    return ((labels > 0) * (logits.logsumexp(dim=-1) - positive)).sum()
+
+
+class _ChunkedSoftmax(torch.autograd.Function):
+    """`_softmax` of the dot product.
+
+    The loss is a sum, so its gradients are known up to the incoming scalar while a chunk's logits are at hand, and the
+    forward pass keeps those instead of the logits.
     """
 
     @staticmethod
@@ -177,10 +228,7 @@ class _ChunkedSoftmax(torch.autograd.Function):
         dqueries, dpositive = torch.empty_like(queries), torch.empty_like(positive)
         dcandidates = torch.zeros_like(candidates)
         is_shared = candidates.dim() == 2
-        logits_per_row = candidates.size(-2) * (1 if is_shared else queries.size(1))
-        rows = max(1, LOGITS_PER_CHUNK[queries.device.type] // logits_per_row)
-        for begin in range(0, len(queries), rows):
-            chunk = slice(begin, begin + rows)
+        for chunk in _chunks(queries, candidates):
             compared = slice(None) if is_shared else chunk
             ids = None if candidate_ids is None else candidate_ids[compared]
             found = _chunk(queries[chunk], candidates[compared], positive[chunk], labels[chunk], ids, shift_C)

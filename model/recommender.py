@@ -21,6 +21,7 @@ from .encoder import SequenceEncoder
 from .heads import RankingHead, UserVectorHead
 from .inputs import Features, features_of
 from .losses import full_softmax, multi_task_loss, normalize, per_sample_softmax, sampled_bce, sampled_softmax
+from .similarity import DOT, MLP, Similarity
 
 Embeddings = dict[str, Tensor]
 SCALES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -96,17 +97,24 @@ class RankingModel(nn.Module):
 
 
 class NextItemModel(nn.Module):
-    """A vector per user whose cosine with an item's embedding ranks the catalogue."""
+    """A vector per user whose similarity with an item's embedding ranks the catalogue."""
 
     popularity: Tensor
 
     def __init__(
-        self, encoder: SequenceEncoder, head: UserVectorHead, objective: ObjectiveConfig, *, popularity: Tensor | None
+        self,
+        encoder: SequenceEncoder,
+        head: UserVectorHead,
+        similarity: Similarity,
+        objective: ObjectiveConfig,
+        *,
+        popularity: Tensor | None,
     ) -> None:
         """`popularity` [items + 1], each item's share of the training events by id; for in-batch negatives only."""
         super().__init__()
         self.encoder = encoder
         self.head = head
+        self.similarity = similarity
         self.temperature = objective.temperature
         self.is_bce = objective.loss == "bce"
         self.shares_negatives = objective.negatives_shared_by == "step"
@@ -140,9 +148,11 @@ class NextItemModel(nn.Module):
 
     def loss(self, users_MD: Tensor, batch: Batch, embeddings: Embeddings) -> Tensor:
         """Sampled softmax where the batch brings positives, else full softmax; summed over labels (scalar)."""
-        candidates_CD = self.item_vectors(embeddings["candidate"])
+        users_MD, candidates_CD = self.similarity.queries(users_MD), self.item_vectors(embeddings["candidate"])
         if "positive" not in embeddings:
-            return full_softmax(users_MD, candidates_CD, batch.labels, temperature=self.temperature)
+            return full_softmax(
+                users_MD, candidates_CD, batch.labels, temperature=self.temperature, similarity=self.similarity
+            )
         positives_MD = self.item_vectors(embeddings["positive"])
         ids_C = batch.ids.values()[-len(candidates_CD) :]  # candidates are the last key
         if not self.shares_negatives:
@@ -155,6 +165,7 @@ class NextItemModel(nn.Module):
                 labels_M=batch.labels,
                 candidate_ids_BC=ids_C.view(shape),
                 temperature=self.temperature,
+                similarity=self.similarity,
             )
         if self.is_bce:
             return sampled_bce(
@@ -164,6 +175,7 @@ class NextItemModel(nn.Module):
                 labels_M=batch.labels,
                 candidate_ids_C=ids_C,
                 temperature=self.temperature,
+                similarity=self.similarity,
             )
         counts_C = None
         if self.num_in_batch:
@@ -176,6 +188,7 @@ class NextItemModel(nn.Module):
             candidate_ids_C=ids_C,
             temperature=self.temperature,
             expected_counts_C=counts_C,
+            similarity=self.similarity,
         )
 
     def with_labels(
@@ -195,12 +208,12 @@ class NextItemModel(nn.Module):
         return torch.cat([candidates_CD, positives_MD[places]]), ids_C, expected_C
 
     def item_vectors(self, item_embeddings: Tensor) -> Tensor:
-        """Rows of the item table [..., D] as the float32 vectors of length 1 that `score` compares."""
-        return normalize(item_embeddings)
+        """Rows of the item table [..., D] as what `score` reads; float32 vectors of length 1 for the dot product."""
+        return self.similarity.items(normalize(item_embeddings))
 
     def score(self, user_vectors: Tensor, item_vectors: Tensor) -> Tensor:
-        """Logits [M, items] of user vectors [M, D] against `item_vectors(...)` [items, D]: cosine over temperature."""
-        return user_vectors @ item_vectors.T / self.temperature
+        """Logits [M, items] of user vectors [M, D] against `item_vectors(...)` [items, ...], as training has them."""
+        return self.similarity.scores(self.similarity.queries(user_vectors) / self.temperature, item_vectors)
 
 
 def build_model(
@@ -234,7 +247,7 @@ def build_model(
     )
     if not is_ranking:
         head = UserVectorHead(width=model.width, embedding_dim=embedding_dim)
-        return NextItemModel(encoder, head, objective, popularity=popularity)
+        return NextItemModel(encoder, head, _similarity(objective, embedding_dim), objective, popularity=popularity)
     return RankingModel(
         encoder,
         RankingHead(
@@ -247,6 +260,12 @@ def build_model(
         objective,
         task_bits=[actions.index(task) for task in objective.tasks],
     )
+
+
+def _similarity(objective: ObjectiveConfig, embedding_dim: int) -> Similarity:
+    if objective.similarity == "dot":
+        return DOT
+    return MLP(width=embedding_dim, hidden=objective.head_hidden, temperature=objective.temperature)
 
 
 def _check(

@@ -212,3 +212,40 @@ def test_torch_counts_as_many_operations_of_a_whole_model(
         # The gradient of the candidates is added in place, which torch's counter does not know.
         expected -= 2 * HISTORY * 30 * embedding_dim
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-12)
+
+
+def hidden_as_products(mlp, queries, items):
+    """The scores with the hidden layer of all pairs as one tensor, which torch's counter then knows."""
+    (queries, hidden_queries), (items, hidden_items) = mlp._parts(queries), mlp._parts(items)
+    hidden = (hidden_queries[..., :, None, :] + hidden_items[..., None, :, :]).relu()
+    return queries @ items.transpose(-1, -2) + (hidden.flatten(0, -2) @ mlp.output.weight.T).view(hidden.shape[:-1])
+
+
+@pytest.mark.usefixtures("every_pair")
+@pytest.mark.parametrize("loss", ["full_softmax", "sampled_softmax", "per_sample", "bce"])
+def test_torch_counts_as_many_operations_of_similarity_by_a_network(
+    loss, features, actions, random_sample, collate, tables, monkeypatch
+):
+    monkeypatch.setattr("ultrarec.model.similarity.MLP.scores", hidden_as_products)
+    config = ModelConfig(width=8, num_layers=1, num_heads=2)
+    objective = ObjectiveConfig(
+        kind="next_item",
+        loss="sampled_softmax" if loss == "per_sample" else loss,
+        negatives_shared_by="sample" if loss == "per_sample" else "step",
+        similarity="mlp",
+        head_hidden=5,
+    )
+    arguments = {"actions": actions, "embedding_dim": 8, "max_history": HISTORY, "max_targets": 0}
+    model = build_model(config, objective, features=features, **arguments)
+    one = random_sample(HISTORY, 0, 0, next_item=True)
+    batch = collate([one], torch.arange(1, 31), sampled=loss != "full_softmax", per_sample=loss == "per_sample")
+    embeddings = tables(8, torch.float32).look_up(batch)
+    with FlopCounterMode(display=False) as counter:
+        model(batch, embeddings)[0].backward()
+    sample = Sample(contextual=CONTEXTUAL, history=HISTORY)
+    inputs = Inputs(embedding_dim=8, num_actions=len(actions), num_event_features=3, num_outcomes=1, num_candidates=30)
+    expected = sample_flops(config, objective, sample, inputs).train - scores_made_again(config, sample)
+    if loss != "per_sample":
+        # The hidden vectors of the items that all samples of a step share.
+        expected += matmul(30, 8, 5).train
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-12)

@@ -161,6 +161,10 @@ NEITHER_END = "neither trainer.epochs nor trainer.max_steps is set; training nee
             "would ignore them; set that loss, or num_in_batch to 0",
         ),
         (
+            "objective.similarity=mlp",
+            "objective.similarity='mlp' belongs to kind='next_item'; remove it for kind='ranking'",
+        ),
+        (
             "model.tail={num_layers=1, num_events=8, prefix=2}",
             "model.tail: model.tail.prefix=2 exempts tokens from a window, and model.tail.window=0 is none; "
             "set model.tail.window",

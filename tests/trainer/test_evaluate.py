@@ -95,6 +95,31 @@ def test_next_item_metrics_are_those_of_a_full_ranking_in_float64(trained, datas
     assert {name: line[name] for name in metrics} == pytest.approx(metrics, rel=1e-12)
 
 
+def trained_and_evaluated(config: Config, out: Path) -> tuple[dict[str, float], list[Any]]:
+    """As `metrics_and_outputs`, of a run that the same process has trained."""
+    train_on_ranks([(config, out)])
+    return metrics_and_outputs(config, out, chunk=7)
+
+
+def test_items_are_ranked_by_the_network_that_was_trained(dataset, tmp_path):
+    config, out = config_of(dataset, "full_softmax", "objective.similarity=mlp", "trainer.epochs=1"), tmp_path / "out"
+    metrics, outputs = run_ranks(trained_and_evaluated, config, out, world_size=1)[0]
+    events, users = held_out(dataset), stacked(outputs, "user_vectors").double()
+    tensors = final_tensors(out)
+    product, weight, bias, output = (
+        tensors[f"weights/model.similarity.{name}"].double()
+        for name in ("product", "hidden.weight", "hidden.bias", "output.weight")
+    )
+    items = torch.nn.functional.normalize(tensors["tables/item/weight"][1:].double(), dim=1)
+    pairs = torch.cat(torch.broadcast_tensors(users[:, None], items[None]), dim=-1)
+    scores = (users * product) @ items.T + ((pairs @ weight.T + bias).relu() @ output.T)[..., 0]
+    rows = zip(scores.tolist(), events, strict=True)
+    ranks = [brute_force_rank(row, seen, target) for row, (seen, target) in rows]
+    assert metrics == pytest.approx(next_item_metrics(torch.tensor(ranks)), rel=1e-12)
+    (line,) = lines(out, "test")
+    assert {name: line[name] for name in metrics} == pytest.approx(metrics, rel=1e-12)
+
+
 def ranks_of_equal_scores(config: Config, out: Path) -> list[int]:
     """Ranks where all scores are 0, of a user who has seen items 1, 2 and an unknown one, and one who has seen none."""
     seen = [torch.tensor([1, 0, 2]), torch.zeros(0, dtype=torch.int64)]
