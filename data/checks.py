@@ -41,14 +41,14 @@ def first_faults(
     """Rows with an item outside the vocabulary or with times out of order, those that are `known` left out."""
     found: Faults = {}
     items, times = events["items"], events["timestamps"]
-    # One pass each over what is right, which nearly always is all of it.
-    if len(items) and (items.min() < 0 or items.max() > num_items):
+    # One pass each over what is right, which nearly always is all of it; ids below 0 are the largest without a sign.
+    if len(items) and items.view(np.uint64).max() > num_items:
         outside = np.flatnonzero((items < 0) | (items > num_items))
         for row, place in _first_of_rows(outside, offsets):
             found[row] = ("items", f"id {items[place]}, but ids reach from 0 to {num_items}")
-    falls = np.flatnonzero(times[1:] < times[:-1]) + 1
-    falls = falls[~np.isin(falls, offsets)]
-    for row, place in _first_of_rows(falls, offsets):
+    is_fall = times[1:] < times[:-1]
+    is_fall[offsets[(offsets > 0) & (offsets < len(times))] - 1] = False
+    for row, place in _first_of_rows(np.flatnonzero(is_fall) + 1, offsets) if is_fall.any() else ():
         found.setdefault(row, ("timestamps", f"{times[place]} after {times[place - 1]}"))
     return {row: fault for row, fault in found.items() if row not in known}
 

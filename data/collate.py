@@ -231,6 +231,7 @@ class _Gathered:
         self.columns += map(number_key, numbers)
         self.lengths, self._memory = lengths, memory
         self._is_long = bool(lengths.sum() >= _LONG * len(lengths) > 0)
+        self._is_cut = False
         self._parts: list[tuple[Histories, Integers, Integers]] = []
         user_parts: dict[str, list[Integers]] = {name: [np.zeros(0, np.int64)] for name in of_users}
         for group, begin, end in _runs(samples.groups):
@@ -242,9 +243,27 @@ class _Gathered:
         self.users = {name: np.concatenate(parts) for name, parts in user_parts.items()}
         self._index = [] if self._is_long else [_ranges(begin, many) for _, begin, many in self._parts]
 
-    def column(self, name: str, *, shift: int = 0) -> Integers:
-        """The values of a column, or those of the events `shift` places later."""
-        sources = [source.events[name][shift:] for source, _, _ in self._parts]
+    def column(self, name: str) -> Integers:
+        """The values of a column."""
+        return self._gather([source.events[name] for source, _, _ in self._parts])
+
+    def successors(self, name: str, values: Integers) -> Integers:
+        """The values of the events that follow in the log; `values` are those of the events themselves.
+
+        Every sample has events, and one follows its last.
+        """
+        if self._is_cut:
+            return self._gather([source.events[name][1:] for source, _, _ in self._parts])
+        # But for the last of each sample they are there already, warm and in one piece.
+        successors = self._memory.empty(len(values))
+        successors[:-1] = values[1:]
+        following = [source.events[name][begin + lengths] for source, begin, lengths in self._parts]
+        if following:
+            successors[np.cumsum(self.lengths) - 1] = np.concatenate(following)
+        return successors
+
+    def _gather(self, sources: list[Integers]) -> Integers:
+        """Out of a column of each part."""
         if self._is_long:
             values = self._memory.empty(int(self.lengths.sum()))
             stretches = zip(sources, self._parts, strict=True)
@@ -269,7 +288,7 @@ class _Gathered:
         index = self._index or [_ranges(begin, many) for _, begin, many in self._parts]
         masks = np.split(is_kept, np.cumsum([len(each) for each in index])[:-1])
         self._index = [each[mask] for each, mask in zip(index, masks, strict=True)]
-        self._is_long = False
+        self._is_long, self._is_cut = False, True
         self.lengths = np.add.reduceat(is_kept, np.cumsum(self.lengths) - self.lengths, dtype=np.int64)
         return self.lengths
 
@@ -309,13 +328,13 @@ def _read_ranking(
 
 def _read_next_item(gathered: _Gathered, events: dict[str, Integers], split: Split) -> _Read:
     """Of each event that is read, what is asked is its successor in the log, whether or not that one is read too."""
-    lengths, successors = gathered.lengths, gathered.column("items", shift=1)
+    lengths, successors = gathered.lengths, gathered.successors("items", events["items"])
     return _Read(
         lengths=lengths,
         num_targets=np.zeros_like(lengths),
         events=events,
         users=gathered.users,
-        query_timestamps=gathered.column("timestamps", shift=1),
+        query_timestamps=gathered.successors("timestamps", events["timestamps"]),
         labels=successors if split == "train" else successors[np.cumsum(lengths) - 1],
         labels_per_sample=lengths if split == "train" else np.ones_like(lengths),
         numbers={},

@@ -163,7 +163,7 @@ class Reader:
 
     def _decode(self, group: int, first: int, table: pa.Table) -> Histories:
         lists = [name for name in table.column_names if pa.types.is_list(table.schema.field(name).type)]
-        num_events = _numbers(_whole(table["num_events"]))[0].astype(np.int64)
+        num_events = _values(_whole(table["num_events"])).astype(np.int64)
         found = misfits({name: _whole(table[name]) for name in lists}, num_events, required=EVENT_COLUMNS)
         if found:
             # The lists of the other rows must lie one after the other in all columns alike.
@@ -188,7 +188,7 @@ class Reader:
         users: dict[str, Integers] = {}
         for name in EVENT_COLUMNS:
             # Out of Arrow's memory, which the next row group is decoded into.
-            events[name] = self._memory.copy(_numbers(_whole(table[name]).flatten())[0])
+            events[name] = self._memory.copy(_values(_whole(table[name]).flatten()))
         for name, feature in self._features.items():
             column = _whole(table[name])
             ids = encode(feature, *_numbers(column.flatten() if name in lists else column))
@@ -300,11 +300,16 @@ def _whole(column: pa.ChunkedArray) -> pa.Array:
 
 def _numbers(array: pa.Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
     """Values, with 0 in place of nulls, and which of them are not null."""
-    if not array.null_count:
-        return array.to_numpy(zero_copy_only=False), np.ones(len(array), bool)
-    # Filled before the conversion: numpy would turn integers with nulls into floats, and large ids into others.
-    filled = array.fill_null(False if pa.types.is_boolean(array.type) else 0)
-    return filled.to_numpy(zero_copy_only=False), array.is_valid().to_numpy(zero_copy_only=False)
+    is_valid = array.is_valid().to_numpy(zero_copy_only=False) if array.null_count else np.ones(len(array), bool)
+    return _values(array), is_valid
+
+
+def _values(array: pa.Array) -> npt.NDArray[Any]:
+    """Values, with 0 in place of nulls."""
+    if array.null_count:
+        # Filled before the conversion: numpy would turn integers with nulls into floats, and large ids into others.
+        array = array.fill_null(False if pa.types.is_boolean(array.type) else 0)
+    return array.to_numpy(zero_copy_only=False)
 
 
 def _at(values: Integers, places: Integers, length: int) -> Integers:
