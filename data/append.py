@@ -20,6 +20,8 @@ from .preparation.options import EngineName, PrepareOptions
 from .schema import DATASET_FILE, HISTORIES_FOLDER, DatasetInfo
 
 TEMPORARY = "append.tmp-"
+_OURS = re.compile(r"items(-\d+)?\.parquet|part-\d+\.parquet")
+"""Names that `prepare` and `append` give; whatever else lies in a dataset's folders is the user's."""
 
 
 def append(
@@ -146,7 +148,7 @@ def _remove_what_is_not_named(info: DatasetInfo) -> None:
     """Remove files that only a stopped or a finished append can have left: neither readers nor users know them."""
     named = {*info.history_paths, *(info.locate(each.path) for each in info.vocabularies.values())}
     for path in [*info.folder.glob(f"{HISTORIES_FOLDER}/part-*.parquet"), *info.folder.glob("items*.parquet")]:
-        if path not in named:
+        if _OURS.fullmatch(path.name) and path not in named:
             path.unlink()
     for path in info.folder.glob(f".{DATASET_FILE}.*"):
         path.unlink()

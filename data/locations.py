@@ -8,7 +8,10 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"`<>]*[^\s'\"`<>).,;:\]}]")
-_HOST = re.compile(r"[^/:@?#]*(:\d*)?(?=[/?#]|$)")
+_HOST = re.compile(r"[^/:@?#]*(?=[/?#]|$)")
+_HOST_WITH_PORT = re.compile(r"[^/:@?#]*(:\d+)?(?=[/?#]|$)")
+_WITH_PORT = ("hdfs", "viewfs", "http", "https")
+"""Schemes whose hosts may have a port. A bucket has none: what follows its colon is a key, which may begin with digits."""
 
 _OPTIONS = re.compile(
     "allow_bucket_(creation|deletion)|(buffer|default_block)_size|(connect|request)_timeout|endpoint_override|"
@@ -59,7 +62,8 @@ def _parts(address: str) -> tuple[str, str, str, str]:
     user = ""
     # Keys hold slashes, pluses and worse, which users forget to escape: unless a host stands in front, the place
     # begins behind the last @ of all.
-    if not _HOST.match(rest) and "@" in rest:
+    host = _HOST_WITH_PORT if scheme.lower() in _WITH_PORT else _HOST
+    if not host.match(rest) and "@" in rest:
         user, _, rest = rest.rpartition("@")
     place, _, query = rest.partition("#")[0].partition("?")
     return scheme, user, place, query

@@ -231,6 +231,15 @@ def test_what_a_killed_append_left_is_removed(tmp_path):
     assert_whole(append(info.root, (new,)))
 
 
+@pytest.mark.parametrize("name", ["items_titles.parquet", "items-2020-01.parquet", "histories/part-of-mine.parquet"])
+def test_files_that_the_user_put_beside_a_dataset_stay(tmp_path, name):
+    old, new = two_logs(tmp_path)
+    info = prepare_log(tmp_path / "out", old)
+    (info.folder / name).write_bytes(b"mine")
+    append(info.root, (new,))
+    assert (info.folder / name).read_bytes() == b"mine"
+
+
 MOMENTS = [
     ("os.mkdir", 1), ("os.rename", 0), ("os.rename", 1), ("os.rename", 2), ("os.rename", 3),
     ("os.remove", 0), ("os.remove", 2), ("shutil.rmtree", 0),
