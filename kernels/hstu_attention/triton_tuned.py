@@ -105,14 +105,11 @@ def write(path: Path, device_name: str, choices: Choices) -> None:
     tiles = [asdict(shape) | asdict(blocks) for shape, blocks in choices.items()]
     devices[device_name] = {"triton": triton.__version__, "tiles": tiles}
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False)
-    try:
-        with file:
-            file.write(json.dumps({"format": FORMAT, "devices": devices}, indent=2) + "\n")
-        Path(file.name).replace(path)
-    except BaseException:
-        Path(file.name).unlink(missing_ok=True)
-        raise
+    # A folder of its own goes away with what a write that failed left in it.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
+        file = Path(folder) / path.name
+        file.write_text(json.dumps({"format": FORMAT, "devices": devices}, indent=2) + "\n")
+        file.replace(path)
 
 
 def _devices(content: Any) -> dict[str, Any]:
