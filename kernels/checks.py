@@ -11,7 +11,7 @@ def check_matrices(x: Tensor, weight: Tensor, *, names: tuple[str, str]) -> None
     for name, matrix in zip(names, (x, weight), strict=True):
         if matrix.dim() != 2 or matrix.dtype not in DTYPES:
             raise ValueError(
-                f"{name} is {matrix.dtype} of shape {tuple(matrix.shape)}; it takes a matrix of {_names(DTYPES)}"
+                f"{name} is {matrix.dtype} of shape {tuple(matrix.shape)}; it takes a matrix of {names_of(DTYPES)}"
             )
     if x.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -38,5 +38,6 @@ def check_device(x: Tensor, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} is on {tensor.device} but x on {x.device}; move it with .to({str(x.device)!r})")
 
 
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+def names_of(dtypes: tuple[torch.dtype, ...]) -> str:
+    """As a message lists them: "float32, bfloat16"."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -155,7 +155,8 @@ def launch_of(
     if name == "queries":
         dq, has_dscale = torch.empty_like(q), problem.scale.stride(0) != 0
         dscale = q.new_empty(*q.shape[:2], 1, dtype=torch.float32) if has_dscale else None
-        return queries_launch(problem, dout, dq, dscale, target, blocks), lambda: [dq]
+        launch = queries_launch(problem, dout, dq, dscale, target, blocks)
+        return launch, lambda: [x for x in (dq, dscale) if x is not None]
     sums = BiasPass.of(problem, dout, target, blocks)
     return sums.launch, lambda: [sums.position_gradient(), sums.time_gradient()]
 

@@ -1,7 +1,8 @@
 """Measure tiles of the Triton attention on the device that runs it, and keep those that beat the built-in tables.
 
 Of all sizes those are timed that can be expected to fit and that, compiled with all mask parameters, targets, a scale
-per query and the bias if there is one, spill nothing. Results must agree with those of the built-in tiles.
+per query and the bias if there is one, spill nothing. Results must agree with those of the built-in tiles, on a causal
+problem and on one with all of these.
 """
 
 # T = events of all sequences, N = length of the longest sequence, H = heads, D = head width
@@ -90,7 +91,8 @@ def tune(
     best = min(seconds, key=lambda blocks: seconds[blocks])
     if seconds[best] > (1 - LEAST_GAIN) * seconds[builtin]:
         best = builtin
-    _check(shape, problem, target, best, builtin)
+    for each in (problem, everything(problem)):
+        _check(shape, each, target, best, builtin)
     return Choice(shape, best, seconds[best], builtin, seconds[builtin], len(seconds))
 
 
@@ -138,6 +140,16 @@ def problem_for(shape: Shape, length: int, device: str) -> Problem:
     )
 
 
+def everything(problem: Problem) -> Problem:
+    """A problem with the same events and all that its kernels can be asked for: other paths, with sums of their own."""
+    num_events, lengths = len(problem.q), problem.offsets.diff()
+    return problem._replace(
+        scale=problem.scale * torch.linspace(0.5, 1.5, num_events, device=problem.scale.device),
+        num_targets=lengths.clamp(max=3),
+        rule=list(ALL_MASKS),
+    )
+
+
 def _check(shape: Shape, problem: Problem, target: str, blocks: Blocks, builtin: Blocks) -> None:
     """Two orders of the same sums in float32, each rounded to the dtype: they differ by a few roundings."""
     if blocks == builtin:
@@ -146,7 +158,10 @@ def _check(shape: Shape, problem: Problem, target: str, blocks: Blocks, builtin:
     for a, b in zip(got, wanted, strict=True):
         error, bound = (a - b).abs().max().item(), 4 * torch.finfo(problem.q.dtype).eps * b.abs().max().item() + 1e-5
         if not error <= bound:
-            raise WrongResults(f"{shape} with {blocks} is {error:.1e} off the built-in tiles, more than {bound:.1e}")
+            masks = "all masks" if any(problem.rule) else "a causal mask"
+            raise WrongResults(
+                f"{shape} with {blocks} and {masks} is {error:.1e} off the built-in tiles, more than {bound:.1e}"
+            )
 
 
 def _results(shape: Shape, problem: Problem, target: str, blocks: Blocks) -> list[Tensor]:

@@ -33,11 +33,14 @@ def run(args: argparse.Namespace) -> int:
     from ..kernels.hstu_attention.triton_blocks import target_of
 
     device = torch.device("cuda", torch.cuda.current_device())
-    device_name, path = torch.cuda.get_device_name(device), triton_tuned.default_path()
+    device_name = torch.cuda.get_device_name(device)
     try:
+        path = triton_tuned.default_path()
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"tiles are kept in {path}, but {error}; set XDG_CACHE_HOME to a folder of yours") from error
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"tiles are kept in your cache directory, but {error}; set XDG_CACHE_HOME to a folder of yours"
+        ) from error
     length = args.lengths[0] if args.lengths else LENGTH
     print(f"{device_name}; sequences of {length // 4} to {length} events, causal; with a bias both parts of it\n")
     for width in WIDTHS:

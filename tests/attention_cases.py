@@ -24,6 +24,7 @@ class Case:
     bias: str = ""
     """Which weights: some of "position time", and "query" for query timestamps of their own."""
     scale: str = "default"
+    alpha: float | None = None
     dtype: torch.dtype = torch.float32
     offsets_dtype: torch.dtype = torch.int64
     device: str = "cpu"
@@ -76,6 +77,7 @@ def attend(case: Case, inputs: dict[str, torch.Tensor], backend: str) -> torch.T
         inputs["v"],
         torch.tensor((0, *case.lengths)).cumsum(0).to(case.device, case.offsets_dtype),
         max_seq_len=case.max_seq_len,
+        alpha=case.alpha,
         scale=scale,
         num_targets=num_targets_of(case),
         mask=case.mask,

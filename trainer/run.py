@@ -28,6 +28,7 @@ from .signals import StopRequest
 from .state import TrainState
 from .storage import Location, checkpoint_home, location, put
 from .throughput import Throughput
+from .tiles import tell_of_other_tiles, with_tiles
 from .timing import Timer
 from .unpipelined import Unpipelined
 from .watchdog import Watchdog
@@ -70,7 +71,8 @@ def assemble(
     skips = SkipLog(out, rank=world.rank)
     loader = open_loader(config, info, world, skips, state=state.loader, owns=owns)
     total_steps = trainable.optimizer.total_steps = _total_steps(config, loader)
-    on_main(world, lambda: _prepare_folder(config, out, sharded.plan, state.step))
+    plan = with_tiles(sharded.plan, world.device)
+    on_main(world, lambda: _prepare_folder(config, out, plan, state.step))
     reporter = Reporter(out, is_main=world.is_main, step=state.step, total_steps=total_steps)
     audit = Audit(out, rank=world.rank) if config.data.audit else None
     watchdog = Watchdog(out, rank=world.rank, seconds=config.trainer.watchdog_seconds)
@@ -83,7 +85,7 @@ def assemble(
         say=reporter.say,
     )
     timer = Timer(world.device)
-    reporter.say(_greeting(out, sharded.plan, newest, world, total_steps, is_over=state.is_over(config.trainer)))
+    reporter.say(_greeting(out, plan, newest, world, total_steps, is_over=state.is_over(config.trainer)))
     try:
         yield Run(
             config=config,
@@ -200,6 +202,8 @@ def _prepare_folder(config: Config, out: Path, plan: str, step: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
         forget_after(out, step)
         _write_if_changed(out / CONFIG_FILE, _without_keys(config).to_toml())
+        if step > 0:
+            tell_of_other_tiles(out / PLAN_FILE, plan)
         _write_if_changed(out / PLAN_FILE, plan)
     except OSError as error:
         raise UserError(f"cannot write the run folder {out}: {error.strerror}; choose another --out") from None

@@ -28,6 +28,11 @@ def threshold(probability: float) -> int:
     return round(probability * 2**32) - 2**31
 
 
+def scale_of_kept(seed: Tensor | None, probability: float) -> float:
+    """What keeps the mean of elements that dropout keeps; 1 without a seed, when nothing is dropped."""
+    return 1.0 if seed is None else 1 / (1 - probability)
+
+
 def drop_(seed: Tensor, probability: float, *tensors_TC: Tensor) -> None:
     """Set to zero, in place, the elements of each tensor that are dropped under a seed; all drop the same."""
     num_rows, num_columns = tensors_TC[0].shape

@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from ..dropout import drop_
+from ..dropout import drop_, scale_of_kept
 from ..fp8 import multiply
 from ..layer_norm import affine, normalize, normalize_again, normalize_backward
 
@@ -32,7 +32,7 @@ def forward(
     y_TY = _gate(u_TV, a_THD, affine(normed_TGW.flatten(1), norm_weight_V, norm_bias_V), concat)
     if seed is not None:
         drop_(seed, dropout, y_TY)
-    y_TY, scale = y_TY.to(weight_EY.dtype), _scale(seed, dropout)
+    y_TY, scale = y_TY.to(weight_EY.dtype), scale_of_kept(seed, dropout)
     if fp8:
         out_TE = torch.add(x_TE, multiply(y_TY, weight_EY), alpha=scale).to(x_TE.dtype)
     elif x_TE.dtype == weight_EY.dtype:
@@ -61,7 +61,7 @@ def backward(
     normed_TV = normalize_again(wide_TGW, mean, rstd).flatten(1)
     affine_TV = affine(normed_TV, norm_weight_V, norm_bias_V)
     y_TY = _gate(u_TV, a_THD, affine_TV, concat)
-    dproduct_TE, scale = dout_TE.to(weight_EY.dtype), _scale(seed, dropout)
+    dproduct_TE, scale = dout_TE.to(weight_EY.dtype), scale_of_kept(seed, dropout)
     dy_TY = (dproduct_TE @ weight_EY).to(affine_TV.dtype)
     if seed is not None:
         drop_(seed, dropout, y_TY, dy_TY.mul_(scale))
@@ -93,7 +93,3 @@ def _gate(u_TV: Tensor, a_THD: Tensor, affine_TV: Tensor, concat: bool) -> Tenso
     """What is projected `[T, Y]`, before dropout."""
     gated_TV = u_TV * affine_TV
     return torch.cat([u_TV, a_THD.flatten(1), gated_TV], dim=1) if concat else gated_TV
-
-
-def _scale(seed: Tensor | None, dropout: float) -> float:
-    return 1.0 if seed is None else 1 / (1 - dropout)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dropout import threshold
+from ..dropout import scale_of_kept, threshold
 from ..dropout.triton import is_kept
 from ..launching import Launch
 from ..linear.triton import linear
@@ -223,7 +223,7 @@ def forward(
     mean, rstd = (a_THD.new_empty((num_rows, num_groups, 1), dtype=torch.float32) for _ in range(2))
     arguments = _arguments(u_TV, a_THD, norm_weight_V, norm_bias_V, seed, mean, rstd, y_TY, dropout)
     gate_launch(arguments, eps=eps).start()
-    out_TE, scale = x_TE.new_empty(x_TE.shape), _scale(seed, dropout)
+    out_TE, scale = x_TE.new_empty(x_TE.shape), scale_of_kept(seed, dropout)
     linear(y_TY, weight_EY, bias_E, out_TE, residual_TN=x_TE.contiguous(), scale=scale, fp8=fp8)
     return out_TE, mean, rstd
 
@@ -247,9 +247,9 @@ def backward(
     dy_TY = dproduct_TE @ weight_EY
     y_TY, du_TV, da_THD = torch.empty_like(dy_TY), u_TV.new_empty(u_TV.shape), a_THD.new_empty(a_THD.shape)
     arguments = _arguments(u_TV, a_THD, norm_weight_V, norm_bias_V, seed, mean, rstd, y_TY, dropout)
-    launch = gate_backward_launch(arguments, dy_TY, du_TV, da_THD, scale=_scale(seed, dropout))
+    launch = gate_backward_launch(arguments, dy_TY, du_TV, da_THD, scale=scale_of_kept(seed, dropout))
     launch.start()
-    dweight_EY = (dproduct_TE.t() @ y_TY).mul_(_scale(seed, dropout))
+    dweight_EY = (dproduct_TE.t() @ y_TY).mul_(scale_of_kept(seed, dropout))
     dbias_E = dout_TE.new_empty(0) if bias_E is None else dout_TE.sum(0)
     if norm_weight_V is None:
         return du_TV, da_THD, dweight_EY, dbias_E, mean.new_empty(0), mean.new_empty(0)
@@ -311,7 +311,3 @@ def _arguments(
         "tile_T": max(1, min(64, TILE // tile_W)),
         "tile_W": tile_W,
     }
-
-
-def _scale(seed: Tensor | None, dropout: float) -> float:
-    return 1.0 if seed is None else 1 / (1 - dropout)

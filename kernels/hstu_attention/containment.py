@@ -20,7 +20,7 @@ class Broken(NamedTuple):
     """Events that hold NaN or infinity, bool `[T, H, 1]`."""
 
     queries: Tensor
-    """In q, or in the gradient of the output."""
+    """In q, or, in the backward, in the gradient of the output or the scale."""
     keys: Tensor
     """In k or v."""
 
@@ -41,14 +41,19 @@ def contained_gradients(
     forward: Callable[[Problem], Tensor],
     backward: Callable[[Problem, Tensor, bool], Gradients],
 ) -> Gradients:
-    """The same for gradients. Those of scale and bias are sums of scores, not products: they need no second time."""
-    broken = _broken(problem, dout)
+    """The same for gradients. Those of scale and bias are sums of scores, not products: they need no second time. But a
+    scale that is not finite may spoil all of the bias: it is multiplied into the hidden scores of its query, too.
+    """
+    broken, has_scale = _broken(problem, dout), problem.scale.isfinite()
+    # Forward, a scale is multiplied into its query's output alone.
+    broken = broken._replace(queries=broken.queries | ~has_scale[:, None, None])
     if not any(events.any() for events in broken):
         return grads
     sight = _sight(problem, broken)
     queries = broken.queries | (forward(sight) > 0)
     keys = broken.keys | (backward(sight, broken.queries.to(sight.v), False)[2] > 0)
-    dq, dk, dv, *_ = backward(_without(problem, broken), dout.masked_fill(broken.queries, 0), False)
+    whole = _without(problem, broken)._replace(scale=problem.scale.where(has_scale, 0))
+    dq, dk, dv, *_ = backward(whole, dout.masked_fill(broken.queries, 0), False)
     contained = (x.masked_fill_(events, torch.nan) for x, events in ((dq, queries), (dk, keys), (dv, keys)))
     return (*contained, *grads[3:])  # type: ignore[return-value]
 
@@ -81,6 +86,7 @@ def _sight(problem: Problem, broken: Broken) -> Problem:
         k=ones_TH1,
         v=broken.keys.to(ones_TH1.dtype),
         scale=ones_TH1[:1, 0, 0].expand(len(ones_TH1)),
+        alpha=1.0,
         position_weight=None,
         time_weight=None,
         timestamps=None,

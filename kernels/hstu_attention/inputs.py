@@ -9,9 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..checks import DTYPES, names_of
 from .bias import RelativeBias
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_attention(
@@ -26,7 +25,7 @@ def check_attention(
     if v.shape[:2] != q.shape[:2]:
         raise ValueError(f"v has shape {tuple(v.shape)} but q {tuple(q.shape)}; events and heads take the same")
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one of {_names(DTYPES)}")
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one of {names_of(DTYPES)}")
     if max_seq_len < 1:
         raise ValueError(f"max_seq_len={max_seq_len}; it is at least 1 and no less than the longest sequence")
     if offsets.dim() == 1 and offsets.shape[0] == 0:
@@ -100,7 +99,3 @@ def _check_devices(q: Tensor, tensors: dict[str, Tensor]) -> None:
     for name, x in tensors.items():
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device} but q on {q.device}; move it with .to({str(q.device)!r})")
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -46,8 +46,8 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, alpha: float, scale: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The output of t queries over s keys of one sequence; bias and visible are `[t, s]`."""
-    if len(q) > 1 and not all(x.isfinite().all() for x in (q, k, v)):
-        # A product with a weight of zero would carry NaN to queries that do not see it.
+    if len(q) > 1 and not all(x.isfinite().all() for x in (q, k, v, scale)):
+        # A product with a weight of zero would carry NaN to queries that do not see it, its gradient to hidden keys.
         return torch.cat(
             [
                 _attend(

@@ -4,6 +4,7 @@
 process, so the kernels of a run stay the same until it is started again, and the same file gives the same kernels.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -46,7 +47,11 @@ Choices = dict[Shape, Blocks]
 
 
 def default_path() -> Path:
-    """Under the user's cache directory, as the XDG base directory specification has it."""
+    """Under the user's cache directory, as the XDG base directory specification has it.
+
+    Raises:
+        RuntimeError: the user has none, as a user id of a container that no password file knows and without HOME.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ultrarec" / "attention_tiles.json"
 
 
@@ -60,7 +65,17 @@ def device_name_of(device: torch.device, target: str) -> str | None:
 @cache
 def choices_for(device_name: str) -> Choices:
     """What the user's file has for a device, read when it is first asked for; warns of a file that cannot be used."""
-    return read(default_path(), device_name)
+    try:
+        path = default_path()
+    except RuntimeError:
+        return {}
+    return read(path, device_name)
+
+
+def digest_of(choices: Choices) -> str:
+    """Eight hexadecimal digits that differ for other choices; the order of the file does not matter."""
+    entries = sorted(json.dumps([asdict(shape), asdict(blocks)]) for shape, blocks in choices.items())
+    return hashlib.sha256("\n".join(entries).encode()).hexdigest()[:8]
 
 
 def read(path: Path, device_name: str) -> Choices:
@@ -90,9 +105,11 @@ def write(path: Path, device_name: str, choices: Choices) -> None:
     tiles = [asdict(shape) | asdict(blocks) for shape, blocks in choices.items()]
     devices[device_name] = {"triton": triton.__version__, "tiles": tiles}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-        file.write(json.dumps({"format": FORMAT, "devices": devices}, indent=2) + "\n")
-    Path(file.name).replace(path)
+    # A folder of its own goes away with what a write that failed left in it.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
+        file = Path(folder) / path.name
+        file.write_text(json.dumps({"format": FORMAT, "devices": devices}, indent=2) + "\n")
+        file.replace(path)
 
 
 def _devices(content: Any) -> dict[str, Any]:

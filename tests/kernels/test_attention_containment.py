@@ -59,6 +59,34 @@ def test_what_is_not_finite_touches_only_events_that_see_it_or_are_seen_by_it(
     assert torch.equal(exact[0].isfinite(), got[0].isfinite())
 
 
+@pytest.mark.parametrize("alpha", [0.0, -1.0])
+def test_the_sign_of_alpha_hides_nothing_that_is_broken(alpha: float) -> None:
+    case = Case(lengths=LENGTHS, mask=MASKS["all"], targets=True, alpha=alpha)
+    inputs = broken(inputs_of(case), "q k v", torch.nan)
+    exact, got = (results(case, inputs, backend) for backend in ("reference", "cpu"))
+    for name, a, b in zip(("out", "dq", "dk", "dv"), exact, got, strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite()), name
+    sees = visible_pairs(case)[:, BROKEN].any(1)
+    assert not got[0][sees, 1].isfinite().any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("bias", ["", "position"])
+def test_a_broken_scale_touches_its_query_and_the_gradients_of_what_that_sees(bias: str, value: float) -> None:
+    case = Case(lengths=LENGTHS, mask=MASKS["all"], targets=True, bias=bias, scale="tensor")
+    inputs = inputs_of(case)
+    inputs["scale"][BROKEN] = value
+    is_seen = visible_pairs(case)[BROKEN, :].any(0)
+    queries = torch.zeros(len(is_seen), dtype=torch.bool)
+    queries[BROKEN] = True
+    exact, got = (results(case, inputs, backend) for backend in ("reference", "cpu"))
+    for name, a, b in zip(("out", "dq", "dk", "dv"), exact, got, strict=True):
+        touched = queries if name in ("out", "dq") else is_seen
+        assert not b[touched].isfinite().any(), name
+        torch.testing.assert_close(b[~touched], a[~touched], rtol=1e-4, atol=1e-4, msg=name)
+        assert a[~touched].isfinite().all(), name
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_an_event_beyond_the_window_changes_nothing(backend: str) -> None:
     case = Case(lengths=(300,), mask=AttentionMask(window=20), num_heads=2)

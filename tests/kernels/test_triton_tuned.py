@@ -1,6 +1,7 @@
 """The file of measured tiles: what the launcher takes from it, and what it makes of one that it cannot use."""
 
 import json
+import pwd
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import triton
 
 from ultrarec.kernels.hstu_attention.triton_blocks import INTERPRETER, Blocks, blocks_of
 from ultrarec.kernels.hstu_attention.triton_launch import blocks_for
-from ultrarec.kernels.hstu_attention.triton_tuned import Shape, choices_for, default_path, read, write
+from ultrarec.kernels.hstu_attention.triton_tuned import Shape, choices_for, default_path, digest_of, read, write
 from ultrarec.kernels.static_report import Setting, problem_of
 
 FORWARD, BIAS = Shape("forward", "bfloat16", 64, False), Shape("bias", "bfloat16", 64, True)
@@ -107,3 +108,28 @@ def test_a_damaged_file_is_replaced_whole(path: Path) -> None:
     path.write_text("{")
     write(path, "A", {FORWARD: TILES})
     assert read(path, "A") == {FORWARD: TILES}
+
+
+def test_a_write_that_fails_leaves_nothing_behind(path: Path) -> None:
+    path.mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        write(path, "A", {FORWARD: TILES})
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_user_without_a_home_gets_the_built_in_tiles(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    builtin = blocks_of("forward", INTERPRETER, 64, torch.bfloat16, biased=False)
+    assert blocks_for("forward", problem_of(Setting(64)), INTERPRETER) == builtin
+
+
+def test_a_digest_is_that_of_the_choices_and_not_of_their_order() -> None:
+    choices = {FORWARD: TILES, BIAS: OTHER_TILES}
+    assert digest_of(choices) == digest_of(dict(reversed(choices.items())))
+    others = [{FORWARD: OTHER_TILES, BIAS: OTHER_TILES}, {FORWARD: TILES}, {}]
+    assert len({digest_of(each) for each in (choices, *others)}) == 4

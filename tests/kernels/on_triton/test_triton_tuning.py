@@ -72,6 +72,26 @@ def test_tiles_with_other_results_are_refused(monkeypatch: pytest.MonkeyPatch) -
         tuned([1.0, 0.9, 0.8])
 
 
+def test_tiles_that_are_right_on_a_causal_problem_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = tuning.launch_of
+
+    def wrong_where_masked(name, problem, target, blocks):
+        launch, results = right(name, problem, target, blocks)
+        factor = 1.001 if blocks == LARGE and any(problem.rule) else 1
+        return launch, lambda: [x * factor for x in results()]
+
+    monkeypatch.setattr(tuning, "launch_of", wrong_where_masked)
+    with pytest.raises(WrongResults, match="all masks"):
+        tuned([1.0, 0.9, 0.8])
+
+
+def test_the_second_problem_asks_for_all_that_kernels_can_do() -> None:
+    problem = tuning.everything(tuning.problem_for(FORWARD, 40, DEVICE))
+    assert all(problem.rule)
+    assert problem.num_targets is not None
+    assert len(problem.scale.unique()) == len(problem.q)
+
+
 def test_candidates_fill_no_thread_and_are_square_for_the_bias_gradient() -> None:
     for width in (16, 64, 256):
         for shape in tuning.shapes_of(width, torch.bfloat16):
