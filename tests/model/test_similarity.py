@@ -112,22 +112,25 @@ def test_training_starts_from_the_cosine():
 
 
 class Largest(TorchDispatchMode):
-    """Notes the numbers in the largest tensor that any operator gives."""
+    """Notes how many numbers the largest tensor has that any operator gives, and that ReLUs give."""
 
-    numel = 0
+    numel = of_relu = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
         if isinstance(out, torch.Tensor):
             self.numel = max(self.numel, out.numel())
+            self.of_relu = max(self.of_relu, out.numel() if "relu" in str(func) else 0)
         return out
 
 
-def test_ranking_holds_no_hidden_layer_of_all_pairs():
+def test_ranking_holds_no_hidden_layer_of_all_pairs(monkeypatch):
+    monkeypatch.setitem(similarity.LOGITS_PER_CHUNK, "cpu", 3 * 50)
     mlp, users, items = network(), vectors(40, seed=1), vectors(50, seed=2)
     with torch.no_grad(), Largest() as largest:
         scores = scores_of(mlp, users, items)
     assert largest.numel == scores.numel() == 40 * 50
+    assert largest.of_relu == 3 * 50, "one unit of three users at a time"
 
 
 def test_a_loss_holds_the_scores_of_a_chunk_only(monkeypatch, features, actions, walks, collate, tables):
