@@ -353,7 +353,7 @@ def lack_memory(home: Path):
         refusal = str(error)
     errors = []
     for step in (1, 2):
-        saver.save(piece(step), TrainState(step=step), sync=[])
+        saver.save(piece(float(step)), TrainState(step=step), sync=[])
         errors.append(saver.wait())
         limit_files(resource.RLIM_INFINITY)
     saver.close()
