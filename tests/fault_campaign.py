@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from process_group import limit_files
+from process_group import limit_files, writer_processes
 from small_runs import audit, audited_steps, config_of, differing, final_tensors, lines, losses, make_dataset
 
 from ultrarec.trainer.manifest import MANIFEST, all_checkpoints, complete_checkpoints, step_of
@@ -53,9 +53,13 @@ DISK_BYTES = 2**16
 FULL_STEPS = 3
 """For how many steps a rank can write nothing at all."""
 PHASES = ("data", "exchange", "forward", "backward", "agreement", "tables", "optimizer", "checkpoint", "manifest")
-KINDS = ("kill one", "kill all", "terminate", "stop", "disk full", "all full", "corrupt")
-ENDURED = ("disk full", "all full")
-"""Faults that end no run: a save finds no room, or nothing at all does, not even a line of metrics, audit or log."""
+KINDS = ("kill one", "kill all", "terminate", "stop", "kill writer", "stop writer", "disk full", "all full", "corrupt")
+WRITER = {"kill writer": signal.SIGKILL, "stop writer": signal.SIGSTOP}
+"""What becomes of the process that writes a rank's checkpoints; stopped, it is storage that hangs for ever."""
+ENDURED = ("disk full", "all full", *WRITER)
+"""Faults that end no run: a save finds no room, or nothing at all does, not even a line of metrics, audit or log; or a
+save has nobody to write it.
+"""
 TARGETS = {"shard": "rank-*.safetensors", "index": "index.json", "manifest": MANIFEST}
 """What is damaged of the newest checkpoint, once all ranks have been killed."""
 
@@ -151,6 +155,10 @@ def strike(fault: Fault, strikes: Any) -> None:
         return
     if fault.kind == "all full":
         limit_files(0)
+        return
+    if fault.kind in WRITER:
+        for pid in writer_processes():
+            os.kill(pid, WRITER[fault.kind])
         return
     signals = {"terminate": signal.SIGTERM, "stop": signal.SIGSTOP}
     os.kill(os.getpid(), signals.get(fault.kind, signal.SIGKILL))

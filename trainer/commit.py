@@ -128,10 +128,12 @@ class Commit:
             self._forget_last()
             self._tell("ready", self._attempt(self._begin))
         begun = self._hear("ready")
+        # In both cases the folder stays as it is: it may hold a complete checkpoint.
         if begun.get("result") == COMPLETE:
             return None
-        part = begun if "error" in begun else self._attempt(self._write_part)
-        self._tell(f"rank/{self.world.rank}", part)
+        if "error" in begun:
+            return str(begun["error"])
+        self._tell(f"rank/{self.world.rank}", self._attempt(self._write_part))
         if self.world.is_main:
             parts = [self._hear(f"rank/{rank}") for rank in range(self.world.size)]
             self._tell("outcome", self._attempt(lambda: self._complete(parts)))

@@ -184,7 +184,7 @@ def complete_checkpoints(home: Location) -> list[Location]:
 
 
 def discard(folder: Location) -> None:
-    """Delete a checkpoint, its manifest first: a kill in between leaves a folder that is no checkpoint, not half of one."""
+    """Delete a checkpoint, its manifest first: a kill in between leaves no half of one that counts."""
     (folder / MANIFEST).unlink(missing_ok=True)
     remove_tree(folder)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ..data.errors import UserError
@@ -47,11 +47,25 @@ def open_run(
         UserError: the dataset, the configuration or the run folder does not allow it.
     """
     fingerprint = load_dataset(config).fingerprint
-    with alone_in(out, world, timeout_seconds=config.trainer.timeout_seconds):
+    with _alone(config, out, world):
         complete = on_main(world, lambda: _own_checkpoints(config, out, fingerprint, fresh=fresh))
         with assemble(config, out, world, complete, request=request or StopRequest(), owns=True) as run:
             run.saver.prepare(run.trainable.pieces(world))
             yield run
+
+
+@contextmanager
+def _alone(config: Config, out: Path, world: World) -> Iterator[None]:
+    """Hold the run folder, and the folder of its checkpoints if that is another; object stores have no locks."""
+    home = checkpoint_home(config.checkpoint, out)
+    with ExitStack() as held:
+        held.enter_context(alone_in(out, world, timeout_seconds=config.trainer.timeout_seconds))
+        if isinstance(home, Path) and home.resolve() != out.resolve():
+            try:
+                held.enter_context(alone_in(home, world, timeout_seconds=config.trainer.timeout_seconds))
+            except UserError as error:
+                raise UserError(f"checkpoint.path: {error} and checkpoint.path") from None
+        yield
 
 
 @contextmanager
@@ -83,6 +97,7 @@ def assemble(
         config_hash=config.training_hash(),
         dataset=info.fingerprint,
         say=reporter.say,
+        limit_seconds=config.trainer.timeout_seconds,
     )
     timer = Timer(world.device)
     reporter.say(_greeting(out, plan, newest, world, total_steps, is_over=state.is_over(config.trainer)))

@@ -207,7 +207,7 @@ class Saver:
         return False
 
     def _busy_ranks(self, patience: float) -> int:
-        """How many ranks are still at the newest save after so many seconds; that of rank 0 is complete, or not, for all."""
+        """How many ranks are still at the newest save after so many seconds; complete on rank 0, it is so on all."""
         if self._thread is not None:
             self._thread.join(patience)
         is_busy, has_failed = self.is_busy, self._error is not None

@@ -59,7 +59,7 @@ class Writer:
         padded = -(-size // ALIGNMENT) * ALIGNMENT
         self._descriptor = os.memfd_create("ultrarec-checkpoint")
         try:
-            # Every page now: what is missing would else be found by the first save, which Linux then ends with the rank.
+            # Every page now: where one is missing at the first copy, Linux ends the rank.
             os.posix_fallocate(self._descriptor, 0, padded)
             self.memory = mmap.mmap(self._descriptor, padded, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except OSError:

@@ -13,6 +13,8 @@ CHOSEN = {
     ],
     "stop": [Fault("stop", rank=0, phase="backward", count=5, delay=0.0)],
     "stop in a save": [Fault("stop", rank=0, phase="manifest", count=2, delay=0.0)],
+    "kill writer": [Fault("kill writer", rank=1, phase="checkpoint", count=4, delay=0.0)],
+    "stop writer": [Fault("stop writer", rank=1, phase="checkpoint", count=7, delay=0.0)],
     "disk full": [Fault("disk full", rank=1, phase="checkpoint", count=2, delay=0.0)],
     "all full": [Fault("all full", rank=0, phase="agreement", count=7, delay=0.0)],
     "corrupt": [

@@ -24,7 +24,7 @@ from ultrarec.embeddings.lookup import Lookup, init_tables
 from ultrarec.embeddings.plan import make_plan
 from ultrarec.embeddings.shards import TableShard, local_shards
 from ultrarec.embeddings.tables import build_tables
-from ultrarec.trainer.canonical import load_table
+from ultrarec.trainer.canonical import load_table, table_pieces
 from ultrarec.trainer.checkpoint import Trainable, load, load_start
 from ultrarec.trainer.config import CheckpointConfig, OptimizerConfig
 from ultrarec.trainer.manifest import Manifest, Position, complete_checkpoints
@@ -253,15 +253,11 @@ def shard_of(columns: int, first: int = 0, rows: int = 3) -> TableShard:
     return TableShard("t", rows, 12, 0, first, torch.empty(rows, columns), state, False)
 
 
-@pytest.fixture
-def cut_unevenly(tmp_path):
-    """A table of 12 columns, stored in pieces of 2, 4 and 6 columns."""
-    pieces = [Piece.whole("tables/t/weight", torch.arange(36.0).view(3, 12))]
-    for first, last, value in ((0, 2, 1.0), (2, 6, 2.0), (6, 12, 4.0)):
-        pieces.append(Piece.whole(f"tables/t/momentum1/columns-{first}-{last}", torch.full((3,), value)))
+def write_checkpoint(folder: Path, pieces: list[Piece]) -> None:
+    """What one rank that holds these pieces writes."""
     image = Image("rank-00000.safetensors", pieces, pin=False)
     image.stage(pieces)
-    files = [image.write(tmp_path), write_index(tmp_path, [image.chunks])]
+    files = [image.write(folder), write_index(folder, [image.chunks])]
     image.close()
     Manifest(
         step=1,
@@ -273,7 +269,16 @@ def cut_unevenly(tmp_path):
         dataset="",
         versions={},
         config_hash="",
-    ).write(tmp_path)
+    ).write(folder)
+
+
+@pytest.fixture
+def cut_unevenly(tmp_path):
+    """A table of 12 columns, stored in pieces of 2, 4 and 6 columns."""
+    pieces = [Piece.whole("tables/t/weight", torch.arange(36.0).view(3, 12))]
+    for first, last, value in ((0, 2, 1.0), (2, 6, 2.0), (6, 12, 4.0)):
+        pieces.append(Piece.whole(f"tables/t/momentum1/columns-{first}-{last}", torch.full((3,), value)))
+    write_checkpoint(tmp_path, pieces)
     return Source(tmp_path)
 
 
@@ -295,3 +300,45 @@ def test_rowwise_state_of_other_columns_is_the_mean_of_the_pieces_by_their_width
     load_table(cut_unevenly, shard, dim=12, may_grow=False)
     torch.testing.assert_close(shard.state["momentum1"], torch.full((3,), expected))
     torch.testing.assert_close(shard.weight_RD, torch.arange(36.0).view(3, 12)[:, first : first + columns])
+
+
+def state_per_weight(*cut: tuple[int, int]) -> list[TableShard]:
+    """Shards of a table of 5 rows and 12 columns, of which the last two are padding, with one value per weight.
+
+    Args:
+        cut: first row and column of each; a shard ends where the next one in its row, or column, begins.
+    """
+    rows, columns = sorted({row for row, _ in cut} | {5}), sorted({column for _, column in cut} | {12})
+    weight_RD, moment_RD = torch.arange(60.0).view(5, 12), torch.arange(60.0).view(5, 12) + 100
+    shards = []
+    for row, column in cut:
+        place = slice(row, rows[rows.index(row) + 1]), slice(column, columns[columns.index(column) + 1])
+        state = {"exp_avg": moment_RD[place].clone()}
+        shards.append(TableShard("t", 5, 12, row, column, weight_RD[place].clone(), state, False))
+    return shards
+
+
+CUTS = {
+    "whole": [(0, 0)],
+    "rows": [(0, 0), (2, 0)],
+    "columns": [(0, 0), (0, 4), (0, 8)],
+    "other columns": [(0, 0), (0, 6)],
+    "both": [(0, 0), (0, 8), (3, 0), (3, 8)],
+}
+
+
+@pytest.mark.parametrize("before", CUTS)
+@pytest.mark.parametrize("after", CUTS)
+def test_state_with_one_value_per_weight_goes_from_every_cut_to_every_other(tmp_path, before, after):
+    write_checkpoint(
+        tmp_path, [piece for shard in state_per_weight(*CUTS[before]) for piece in table_pieces(shard, dim=10)]
+    )
+    source = Source(tmp_path)
+    for shard, expected in zip(state_per_weight(*CUTS[after]), state_per_weight(*CUTS[after]), strict=True):
+        real = 10 - shard.first_column
+        shard.weight_RD.fill_(torch.nan)
+        shard.state["exp_avg"].fill_(torch.nan)
+        load_table(source, shard, dim=10, may_grow=False)
+        assert torch.equal(shard.weight_RD[:, :real], expected.weight_RD[:, :real])
+        assert torch.equal(shard.state["exp_avg"][:, :real], expected.state["exp_avg"][:, :real])
+    source.close()

@@ -2,6 +2,7 @@
 
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 from process_group import run_ranks
@@ -52,9 +53,8 @@ def test_a_rank_that_can_leave_no_word_fails_that_save_on_all_ranks_and_no_other
         assert [step_of(folder) for folder in complete_checkpoints(tmp_path / home)] == [2, 3]
 
 
-def test_a_save_whose_outcome_one_rank_does_not_learn_failed_for_all(tmp_path):
-    results = run_ranks(save_without_word, tmp_path, 1, "outcome", world_size=2)
-    assert [errors for errors, _, _ in results] == [
-        ["it failed on another rank", None, None],
-        ["rank 1: Broken pipe", None, None],
-    ]
+@pytest.mark.parametrize("mute", [0, 1])
+def test_a_save_whose_manifest_stands_is_complete_for_all_although_one_rank_does_not_learn_it(tmp_path, mute):
+    results = run_ranks(save_without_word, tmp_path, mute, "outcome", world_size=2)
+    assert [errors for errors, _, _ in results] == [[None, None, None]] * 2
+    assert [step_of(folder) for folder in complete_checkpoints(tmp_path)] == [1, 2, 3]

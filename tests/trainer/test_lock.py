@@ -68,3 +68,18 @@ def test_a_folder_without_room_for_one_more_file_is_locked_all_the_same(tmp_path
         os.close(first)
         os.close(second)
         subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_two_runs_do_not_share_a_folder_of_checkpoints(dataset, tmp_path, monkeypatch, capsys):
+    recipe, home = tmp_path / "recipe.toml", tmp_path / "shared"
+    recipe.write_text(config_of(dataset, "ranking", "trainer.max_steps=1", f"checkpoint.path={home}").to_toml())
+    home.mkdir()
+    held = open_lock(home)
+    assert is_locked(held)
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.3)
+    assert main([str(recipe), "--out", str(tmp_path / "out")]) == 2
+    assert f"error: checkpoint.path: another job trains in {home}, and has for more than" in capsys.readouterr().err
+    assert not (home / "checkpoints").exists()
+    os.close(held)
+    assert main([str(recipe), "--out", str(tmp_path / "out")]) == 0
+    assert (home / "checkpoints" / "step-00000001").is_dir()

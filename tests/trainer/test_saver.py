@@ -16,11 +16,19 @@ from moto.server import ThreadedMotoServer
 from process_group import limit_files, run_ranks, writer_processes
 from small_runs import checkpoint_tensors, config_of, differing, final_tensors, lines, losses, train_on_ranks
 
-from ultrarec.trainer import checkpoint_command, loop
+from ultrarec.data.errors import UserError
+from ultrarec.trainer import checkpoint_command, loop, manifest
 from ultrarec.trainer import saver as saver_module
 from ultrarec.trainer.__main__ import main
 from ultrarec.trainer.config import CheckpointConfig
-from ultrarec.trainer.manifest import Manifest, all_checkpoints, checkpoint_folder, complete_checkpoints, step_of
+from ultrarec.trainer.manifest import (
+    Manifest,
+    all_checkpoints,
+    checkpoint_folder,
+    complete_checkpoints,
+    discard,
+    step_of,
+)
 from ultrarec.trainer.parallel import World
 from ultrarec.trainer.pieces import Piece
 from ultrarec.trainer.retention import kept_steps, ranked, retain, scores, set_aside, worth_keeping
@@ -193,10 +201,12 @@ def piece(value: float) -> list[Piece]:
     return [Piece.whole(f"rank/{dist.get_rank()}/values", torch.full((10,), value))]
 
 
-def new_saver(home: Path, said: list[str]) -> Saver:
-    world = World(rank=dist.get_rank(), size=2, device=torch.device("cpu"))
-    saver = Saver(CheckpointConfig(every=1), home, world, config_hash="", dataset="", say=said.append)
-    saver.prepare(piece(0.0))
+def new_saver(home: Path, said: list[str], *, is_prepared: bool = True, **settings) -> Saver:
+    world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch.device("cpu"))
+    settings = {"config_hash": "", "dataset": "", **settings}
+    saver = Saver(CheckpointConfig(every=1), home, world, say=said.append, **settings)
+    if is_prepared:
+        saver.prepare(piece(0.0))
     return saver
 
 
@@ -266,6 +276,98 @@ def test_a_writing_process_that_dies_costs_one_save_and_that_loudly(tmp_path):
         assert said[0].startswith("CHECKPOINT OF STEP 2 NOT WRITTEN to ")
         assert left == []
     assert saved_steps(tmp_path) == [1, 3]
+
+
+def save_onto_storage_that_hangs(home: Path):
+    """Rank 1's storage takes nothing of the second of three saves."""
+    saver = new_saver(home, [], limit_seconds=0.5)
+    errors = []
+    started = time.monotonic()
+    for step in (1, 2, 3):
+        if step == 2:
+            signal_writer(signal.SIGSTOP)
+        saver.save(piece(step), TrainState(step=step), sync=[])
+        errors.append(saver.wait())
+    saver.close()
+    return errors, time.monotonic() - started, writer_processes()
+
+
+def test_storage_that_hangs_is_waited_for_no_longer_than_the_limit(tmp_path):
+    for errors, seconds, left in run_ranks(save_onto_storage_that_hangs, tmp_path, world_size=2):
+        assert errors == [None, "storage did not take it within 0.5 s (trainer.timeout_seconds)", None]
+        assert seconds < 20
+        assert left == []
+    assert saved_steps(tmp_path) == [1, 3]
+
+
+def save_again(home: Path, config_hash: str):
+    """A later process saves a step that has a complete checkpoint, with other values; what it is told."""
+    said: list[str] = []
+    saver = new_saver(home, said, config_hash="mine")
+    saver.save(piece(1), TrainState(step=1), sync=[])
+    first = saver.wait()
+    saver.close()
+    saver = new_saver(home, said, config_hash=config_hash)
+    had = saver.has(1)
+    saver.save(piece(2), TrainState(step=1), sync=[])
+    second = saver.wait()
+    saver.close()
+    return first, had, second
+
+
+@pytest.mark.parametrize("config_hash", ["mine", "of another run"])
+def test_a_complete_checkpoint_is_never_deleted_to_save_its_step_again(tmp_path, config_hash):
+    ((first, had, second),) = run_ranks(save_again, tmp_path, config_hash, world_size=1)
+    if config_hash == "mine":
+        assert (first, had, second) == (None, True, None)
+    else:
+        assert (first, had) == (None, False)
+        assert second.endswith("is a checkpoint of another run; give each run a checkpoint.path of its own")
+    assert saved_steps(tmp_path) == [1]
+    for values in checkpoint_tensors(checkpoint_folder(tmp_path, 1)).values():
+        assert torch.equal(values, torch.full((10,), 1.0))
+
+
+def test_a_kill_while_a_checkpoint_is_deleted_leaves_none_that_counts_as_complete(tmp_path, monkeypatch):
+    put_manifest(tmp_path / "step-00000001")
+
+    def die(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(manifest, "remove_tree", die)
+    with pytest.raises(KeyboardInterrupt):
+        discard(tmp_path / "step-00000001")
+    assert list((tmp_path / "step-00000001").iterdir()) == []
+
+
+def lack_memory(home: Path):
+    """Rank 1 can have no memory for its copy: at the start, then at a save, then no longer."""
+    said: list[str] = []
+    saver = new_saver(home, said, is_prepared=False)
+    if dist.get_rank() == 1:
+        limit_files(10)  # what shared memory may hold counts as a file
+    try:
+        saver.prepare(piece(0.0))
+        refusal = ""
+    except UserError as error:
+        refusal = str(error)
+    errors = []
+    for step in (1, 2):
+        saver.save(piece(float(step)), TrainState(step=step), sync=[])
+        errors.append(saver.wait())
+        limit_files(resource.RLIM_INFINITY)
+    saver.close()
+    return refusal, errors, said
+
+
+def test_memory_that_one_rank_lacks_is_told_on_all_before_the_first_step_and_costs_only_saves_later(tmp_path):
+    problem = "rank 1 has no memory for a copy of its 40 bytes: File too large"
+    for refusal, errors, said in run_ranks(lack_memory, tmp_path, world_size=2):
+        assert refusal.startswith(problem)
+        assert errors == [problem, None]
+        assert len(said) == 1
+        assert said[0].startswith("CHECKPOINT OF STEP 1 NOT WRITTEN to ")
+    assert saved_steps(tmp_path) == [2]
 
 
 def at_steps(monkeypatch, **actions):

@@ -93,6 +93,16 @@ def test_a_signal_to_the_whole_job_does_not_end_the_process(tmp_path):
         writer.close()
 
 
+def test_memory_is_there_from_the_start():
+    size = 3 * STRIDE
+    writer = Writer(size)
+    try:
+        (memory,) = [path for path in Path(f"/proc/{writer.pid}/fd").iterdir() if "memfd" in str(path.readlink())]
+        assert memory.stat().st_blocks * 512 >= size
+    finally:
+        writer.close()
+
+
 def test_the_process_is_small(tmp_path):
     writer = Writer(100)
     try:
