@@ -17,6 +17,11 @@ class StorageError(UserError):
     """EX_TEMPFAIL of sysexits.h: launchers start again."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, for messages of one line; its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def counted(number: int, noun: str) -> str:
     """A number and what it counts, for messages: "1 row", "2,000 rows"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

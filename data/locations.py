@@ -11,7 +11,7 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"`<>]*[^\s'\"`<>).,;:\]}
 _HOST = re.compile(r"[^/:@?#]*(?=[/?#]|$)")
 _HOST_WITH_PORT = re.compile(r"[^/:@?#]*(:\d+)?(?=[/?#]|$)")
 _WITH_PORT = ("hdfs", "viewfs", "http", "https")
-"""Schemes whose hosts may have a port. A bucket has none: what follows its colon is a key, which may begin with digits."""
+"""Schemes whose hosts may have a port. Buckets have none: what follows a colon there is a key, which may be digits."""
 
 _OPTIONS = re.compile(
     "allow_bucket_(creation|deletion)|(buffer|default_block)_size|(connect|request)_timeout|endpoint_override|"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal
 
@@ -38,15 +38,6 @@ class LoaderState:
     epoch: int = 0
     consumed: int = 0
     """Samples of the epoch that all ranks together have consumed."""
-
-    def to_dict(self) -> dict[str, int]:
-        """Plain numbers, for a checkpoint."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, int]) -> LoaderState:
-        """The state that `to_dict` wrote."""
-        return cls(epoch=int(fields["epoch"]), consumed=int(fields["consumed"]))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .errors import first_line
 from .storage import MissingFileError, Storage, StoredFile
 
 _TAIL = 1 << 16
@@ -37,7 +38,7 @@ class ParquetFile:
             self.metadata = _footer(self._file)
             self.schema: pa.Schema = self.metadata.schema.to_arrow_schema()
         except (OSError, EOFError, pa.ArrowException) as error:
-            raise Damaged(f"not a whole Parquet file ({_first_line(error)})") from error
+            raise Damaged(f"not a whole Parquet file ({first_line(error)})") from error
 
     def read(self, group: int, columns: Sequence[str]) -> pa.Table:
         """These columns of a row group. Raises Damaged, with the column, if one cannot be decoded."""
@@ -61,7 +62,7 @@ class ParquetFile:
             ) as file:
                 return file.read_row_group(group, columns=list(columns), use_threads=False)
         except (OSError, EOFError, pa.ArrowException) as error:
-            raise Damaged(_first_line(error)) from error
+            raise Damaged(first_line(error)) from error
 
     def _ranges(self, group: int, columns: Sequence[str]) -> list[tuple[int, int]]:
         """[begin, end) of the bytes of these columns, neighbours joined."""
@@ -127,7 +128,3 @@ class _Fetched(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]

@@ -16,7 +16,7 @@ from pyarrow import fs
 from tqdm import tqdm
 
 from .config import RETRY_SECONDS
-from .errors import StorageError, UserError, counted
+from .errors import StorageError, UserError, counted, first_line
 from .locations import is_uri, redacted, shown
 from .schema import DATASET_FILE, DatasetInfo
 
@@ -53,7 +53,7 @@ class Storage:
             self._files, self._base = fs.FileSystem.from_uri(path)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(
-                f"data.path={self._shown} cannot be opened ({redacted(_first_line(error), known=path)}); give a "
+                f"data.path={self._shown} cannot be opened ({redacted(first_line(error), known=path)}); give a "
                 "folder, or a URI with one of s3://, gs://, hdfs://, in which special characters of a key are escaped"
             ) from None
 
@@ -88,7 +88,7 @@ class Storage:
             try:
                 result = action()
             except OSError as error:
-                failure, reason = error, redacted(_first_line(error), known=self._path)
+                failure, reason = error, redacted(first_line(error), known=self._path)
             else:
                 self._patience.recovered(what, time.monotonic() - begin)
                 return result
@@ -208,7 +208,3 @@ def _raise_if_final(failure: OSError, reason: str, what: str) -> None:
 def _say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.errors import UserError
 from . import bench_static, bench_tune
+from .arguments import positive
 
 if TYPE_CHECKING:
     from ..kernels.bench import Comparison
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: cuda where there is a GPU)"
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of q, k and v (default: fp32; on a GPU bf16)")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="(default: as many as torch takes)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="(default: as many as torch takes)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write attention.json and attention.png there")
     parser.add_argument("--quick", action="store_true", help="small sizes: does it work, not how fast is it")
     parser.add_argument(
@@ -191,14 +192,8 @@ def _draw_times(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.legend(loc="upper left")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
 def _lengths(text: str) -> list[int]:
-    lengths = [_positive(word) for word in text.split(",")]
+    lengths = [positive(word) for word in text.split(",")]
     if min(lengths) < 4:
         raise argparse.ArgumentTypeError(f"{min(lengths)} is below 4; sequences have a quarter of the length, at least")
     return lengths

@@ -11,12 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import positive
+
 if TYPE_CHECKING:
     from ..data.bench import Figures
 
 MEAN_EVENTS = (500, 2000)
 QUICK_ROW_GROUPS = 2
-COLUMNS = ("first scan", "scan", "first epoch", "epoch", "per thread", "first", "share", "peak MiB", "own MiB")
+COLUMNS = ("first scan", "scan", "first epoch", "epoch", "rate/thread", "first", "share", "peak MiB", "own MiB")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,16 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", nargs="?", type=local_path, metavar="DIR", help="a prepared dataset (default: synthetic ones)"
     )
-    parser.add_argument("--ranks", type=_positive, default=1, metavar="N", help="processes (default: 1)")
+    parser.add_argument("--ranks", type=positive, default=1, metavar="N", help="processes (default: 1)")
     parser.add_argument(
-        "--threads", type=_positive, default=2, metavar="N", help="of each rank, scan and loader alike (default: 2)"
+        "--threads", type=positive, default=2, metavar="N", help="of each rank, scan and loader alike (default: 2)"
     )
-    parser.add_argument("--batch-tokens", type=_positive, default=262_144, metavar="N", help="(default: 262144)")
+    parser.add_argument("--batch-tokens", type=positive, default=262_144, metavar="N", help="(default: 262144)")
     parser.add_argument(
-        "--turns", type=_positive, default=3, metavar="N", help="scans and epochs after the first (default: 3)"
+        "--turns", type=positive, default=3, metavar="N", help="scans and epochs after the first (default: 3)"
     )
     parser.add_argument(
-        "--row-groups", type=_positive, default=96, metavar="N", help="of the synthetic datasets (default: 96)"
+        "--row-groups", type=positive, default=96, metavar="N", help="of the synthetic datasets (default: 96)"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there as JSON")
     parser.add_argument("--quick", action="store_true", help="small sizes: does it work, not how fast is it")
@@ -45,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     print(
         f"events/s of {args.ranks} rank(s) with {args.threads} thread(s) each, next-item batches of "
-        f"{args.batch_tokens}; first: in fresh memory, epoch over scan; own: peak less what the libraries take"
+        f"{args.batch_tokens}; first: in fresh memory, epoch over scan; rate/thread: the epoch's rate over the number "
+        "of threads, none of which is measured alone; own: peak less what the libraries take"
     )
     print(f"{'dataset':>20} {'rank':>5}" + "".join(f" {name:>11}" for name in COLUMNS) + f" {'imbalance':>9}")
     rows = []
@@ -89,7 +92,7 @@ def _summary(figures: Figures, threads: int) -> dict[str, Any]:
         "scan": usual(figures.scan),
         "first epoch": figures.loader[0].rate,
         "epoch": usual(figures.loader),
-        "per thread": usual(figures.loader) / threads,
+        "rate/thread": usual(figures.loader) / threads,
         "first": figures.first_share,
         "share": figures.share,
         "peak MiB": figures.peak_bytes / 2**20,
@@ -103,9 +106,3 @@ def _line(name: str, rank: str, values: dict[str, Any]) -> str:
     shares = ("first", "share")
     cells = [f"{values[column]:>11.0%}" if column in shares else f"{values[column]:>11,.0f}" for column in COLUMNS]
     return f"{name[-20:]:>20} {rank:>5} " + " ".join(cells) + f" {values['imbalance']:>9.3f}"
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)

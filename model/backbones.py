@@ -1,27 +1,14 @@
 """What can stand between input tokens and head: one interface, and the table of its implementations."""
 
-from typing import Protocol
-
-from torch import Tensor, nn
+from torch import nn
 
 from .config import ModelConfig
 from .fuxi import FuXiAlpha
 from .hstu import HSTUStack
 from .mixture import Mixture
-from .sequences import Limits, Sequences
+from .sequences import Limits
 from .target_attention import DIN, STCA
 from .transformer import Llama, SASRec
-
-
-class Backbone(Protocol):
-    """Jagged tokens in, jagged tokens out, `[S, E]` both: an nn.Module built from its settings and `Limits`.
-
-    A token sees earlier ones of its own sequence; targets see the history and not each other.
-    """
-
-    def __call__(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
-        """Encode the tokens of a batch."""
-
 
 BACKBONES: dict[str, type[nn.Module]] = {
     "din": DIN,
@@ -31,6 +18,9 @@ BACKBONES: dict[str, type[nn.Module]] = {
     "sasrec": SASRec,
     "stca": STCA,
 }
+"""Each is built from its settings and `Limits`, is called with tokens `[S, E]` and their `Sequences`, and gives tokens
+of that shape. A token sees earlier ones of its own sequence; targets see the history and not each other.
+"""
 TARGET_ONLY = ("din", "stca")
 """Backbones that encode targets, and nothing where there are none."""
 

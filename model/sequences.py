@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,14 +33,7 @@ class Limits:
 
     def newest(self, num_events: int) -> Limits:
         """The limits of sequences cut to the newest `num_events` events of their history."""
-        return Limits(
-            num_contextual=self.num_contextual,
-            max_history=min(num_events, self.max_history),
-            max_targets=self.max_targets,
-            tokens_per_event=self.tokens_per_event,
-            actions=self.actions,
-            context_sees_history=self.context_sees_history,
-        )
+        return replace(self, max_history=min(num_events, self.max_history))
 
     def mask(self, *, window: int = 0, full_tail: int = 0, prefix: int = 0) -> AttentionMask:
         """The causal mask of these sequences, semi-local where a window is given."""

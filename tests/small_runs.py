@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from random_datasets import random_histories, write_dataset
 from torch import Tensor
 
-from ultrarec.data.synthetic import random_histories, write_dataset
 from ultrarec.trainer.config import Config, load_config
 from ultrarec.trainer.loop import train
 from ultrarec.trainer.manifest import checkpoint_folder, complete_checkpoints, step_of

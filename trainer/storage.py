@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
+from ..data.atomic import sync
 from ..data.errors import UserError
-from ..data.locations import redacted, shown
+from ..data.locations import is_uri, redacted, shown
 from .config import CheckpointConfig
 
 
@@ -105,7 +106,7 @@ def location(text: str) -> Location:
     Raises:
         UserError: no file system of pyarrow is of that kind.
     """
-    if "://" not in text:
+    if not is_uri(text):
         return Path(text)
     from pyarrow import ArrowInvalid
     from pyarrow.fs import FileSystem
@@ -144,7 +145,7 @@ def make_folder(folder: Location) -> None:
     """Make a folder that is not there, and those around it; object stores have none to make."""
     if isinstance(folder, Path):
         folder.mkdir(parents=True)
-        _bring_to_disk(folder.parent)
+        sync(folder.parent)
 
 
 def remove_tree(folder: Location) -> None:
@@ -166,14 +167,5 @@ def put(place: Location, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    temporary.rename(place)
-    _bring_to_disk(place.parent)
-
-
-def _bring_to_disk(folder: Path) -> None:
-    """Make the names in a folder survive the machine: a rename or a new folder is on disk only once its parent is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    temporary.rename(place)  # on disk only once the folder is
+    sync(place.parent)

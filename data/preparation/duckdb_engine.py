@@ -10,7 +10,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .conversion import Part
 from .options import MEMORY_LIMIT
 from .sources import Log, quote_name
@@ -98,12 +98,12 @@ def open_duckdb(
     try:
         database = duckdb.connect(str(work / "stage.duckdb"), config=config)
     except duckdb.ParserException as error:
-        raise UserError(f"--memory-limit {memory_limit}: {_first_line(error)}; give less, like 4GB") from error
+        raise UserError(f"--memory-limit {memory_limit}: {first_line(error)}; give less, like 4GB") from error
     try:
         yield DuckDbEngine(database, report)
     except duckdb.OutOfMemoryException as error:
         raise UserError(
-            f"--memory-limit {memory_limit} is too little for this log ({_first_line(error)}); "
+            f"--memory-limit {memory_limit} is too little for this log ({first_line(error)}); "
             "raise it, lower --threads, or free disk space beside --out"
         ) from error
     except RuntimeError as error:
@@ -173,7 +173,3 @@ def _shown(database: duckdb.DuckDBPyConnection, what: str, report: Callable[[str
     finally:
         done.set()
         watcher.join()
-
-
-def _first_line(error: duckdb.Error) -> str:
-    return str(error).splitlines()[0]

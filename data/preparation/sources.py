@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ..errors import UserError, counted
+from ..locations import is_uri, shown
 from ..schema import SourceFile
 from .options import PrepareOptions
 
@@ -123,8 +124,8 @@ def _files_of(log: str) -> list[tuple[str, Path]]:
     """(recorded name, path) of the files that one LOG argument stands for; globs and folders sorted by name."""
     if log.startswith("sample:"):
         return [(log, _sample(log.removeprefix("sample:")))]
-    if "://" in log:
-        raise UserError(f"{log}: logs are read from local files; copy it here first")
+    if is_uri(log):
+        raise UserError(f"{shown(log)}: logs are read from local files; copy it here first")
     path = Path(log)
     if path.is_dir():
         suffixes = PARQUET_SUFFIXES + CSV_SUFFIXES

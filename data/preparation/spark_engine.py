@@ -21,7 +21,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .conversion import FLOATS, INTEGERS, NANOSECONDS, TIMESTAMPS, Part
 from .duckdb_engine import types_of
 from .sources import Log
@@ -205,7 +205,7 @@ def open_spark(work: Path, *, master: str | None) -> Iterator[SparkEngine]:
         for function in FUNCTIONS:
             own.sql(f"CREATE TEMPORARY FUNCTION {function}")
     except PySparkException as error:
-        raise UserError(f"Spark does not start ({_first_line(error)}); check --spark-master and Java") from error
+        raise UserError(f"Spark does not start ({first_line(error)}); check --spark-master and Java") from error
     engine = SparkEngine(own, work)
     try:
         yield engine
@@ -236,7 +236,3 @@ def _batches(files: list[Path]) -> Iterator[pa.RecordBatch]:
         with pq.ParquetFile(path) as file:
             yield from file.iter_batches(ROWS_PER_BATCH)
         path.unlink()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

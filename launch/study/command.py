@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ...data.errors import UserError
+from ..arguments import positive
 from .config import ComputeStudy, QualityStudy, Study, chosen_parts, list_studies, load_study
 
 RESULTS_FILE = "results.json"
@@ -21,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, metavar="DIR", help="the prepared dataset; the study says which, if it is missing")
     add("--out", type=Path, metavar="DIR", help="folder of the study's runs and results (default: studies/NAME)")
     add("--only", action="append", default=[], metavar="PART", help="a variant, or a length; may be repeated")
-    add("--seeds", type=_positive, metavar="N", help="runs of each variant (default: what the study says)")
-    add("--procs", type=_positive, default=1, metavar="N", help="processes per run (default: %(default)s)")
+    add("--seeds", type=positive, metavar="N", help="runs of each variant (default: what the study says)")
+    add("--procs", type=positive, default=1, metavar="N", help="processes per run (default: %(default)s)")
     add("--report", action="store_true", help="run nothing; write results, table and pictures of what has finished")
     add("--page", type=Path, metavar="FILE.md", help="also put the results on this page, and its files beside it")
 
@@ -55,12 +56,6 @@ def run(args: argparse.Namespace) -> int:
     return run_until_signalled(work, left=lambda: "what has finished stays; the same command goes on from there")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -85,6 +80,7 @@ def _require_no_training(args: argparse.Namespace) -> None:
 
 
 def _train(study: QualityStudy, names: list[str], *, args: argparse.Namespace, data: str, out: Path) -> None:
+    from .page import score
     from .runs import complete, finished, runs_of
 
     runs = runs_of(study, names, seeds=args.seeds or study.seeds, data=data, out=out)
@@ -93,7 +89,7 @@ def _train(study: QualityStudy, names: list[str], *, args: argparse.Namespace, d
     for number, run in enumerate(todo, start=1):
         _say(f"\n[{number}/{len(todo)}] {run.title}: {run.folder}")
         result = complete(run, study, procs=args.procs)
-        _say(", ".join(f"{name} {result.test[name] or float('nan'):.4f}" for name in study.metrics))
+        _say(", ".join(f"{name} {score(result.test[name]) or '-'}" for name in study.metrics))
 
 
 def _measure(study: ComputeStudy, parts: list[str], out: Path) -> None:

@@ -69,10 +69,10 @@ def read(path: Path) -> Comparison:
 
 def write(comparison: Comparison, path: Path) -> None:
     """Keep a comparison, whole or not at all."""
+    from ...trainer.storage import put
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(comparison), indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    put(path, (json.dumps(asdict(comparison), indent=2) + "\n").encode())
 
 
 def settings_of(study: ComputeStudy) -> dict[str, list[str]]:

@@ -64,7 +64,7 @@ class Picture(Part):
     name: Name
     x: Literal["train_mflop", "inference_mflop", "max_history"]
     y: str
-    """A metric of the test split."""
+    """One of the study's `metrics`."""
 
 
 class QualityStudy(Part):
@@ -90,6 +90,16 @@ class QualityStudy(Part):
     def parts(self) -> list[str]:
         """What `--only` may name."""
         return list(self.variants)
+
+    @model_validator(mode="after")
+    def _pictures_show_metrics(self) -> QualityStudy:
+        for picture in self.pictures:
+            if picture.y not in self.metrics:
+                raise ValueError(
+                    f"picture {picture.name!r} shows y={picture.y!r}, which is not in metrics="
+                    f"{list(self.metrics)}; name one of these, or add it"
+                )
+        return self
 
 
 class ComputeStudy(Part):

@@ -11,12 +11,14 @@ from .runs import Result
 
 HEAD = """# Results
 
-Everything here was trained, tested and timed by `ultrarec study NAME --data DIR`, which also wrote this page: what has
-not finished does not appear. A study that was stopped continues where it was. Figures in italics are those of others.
+`ultrarec study NAME --data DIR` tested and timed all this, and wrote this page: what has not finished does not appear.
+It also trained the models, or went on where another command had left them; a study that was stopped continues where it
+was. Rows in italics were not trained here: where their figures come from stands below the table.
 
 `MFLOP` are operations of a sample by the [formulas](models.md#what-a-model-costs): in training forward and backward,
 mean over the training split; in inference forward, over the test split. CPU minutes are the processor time of all
-processes for training and the last evaluation, `-` where they are not known; memory is the largest process's.
+processes for training and the last evaluation, memory is the largest process's; both are `-` for a run that another
+command had begun, or of which an attempt was not seen to its end.
 """
 
 
@@ -48,7 +50,7 @@ def _quality(results: Quality) -> list[str]:
     costs = ["weights", "MFLOP training", "MFLOP inference", "CPU minutes", "peak MiB"]
     rows = [_row_of(results, name) for name in results.variants]
     for each in study.published:
-        shown = [_number(each.metrics.get(metric)) for metric in study.metrics]
+        shown = [score(each.metrics.get(metric)) for metric in study.metrics]
         rows.append([f"*{each.label}*", "", *shown, *[""] * len(costs)])
     chosen = "the last checkpoint" if study.checkpoint == "latest" else "the checkpoint that is best on validation"
     lines = [f"Test split, {chosen}, mean over the seeds:", ""]
@@ -63,7 +65,7 @@ def _quality(results: Quality) -> list[str]:
 
 def _row_of(results: Quality, name: str) -> list[str]:
     runs = results.of(name)
-    tested = [_number(results.test(name, metric)) for metric in results.study.metrics]
+    tested = [score(results.test(name, metric)) for metric in results.study.metrics]
     minutes, memory = mean([each.cpu_minutes for each in runs]), mean([each.peak_mib for each in runs])
     return [
         results.study.variants[name].label,
@@ -78,7 +80,7 @@ def _row_of(results: Quality, name: str) -> list[str]:
 
 
 def _seed_row(results: Quality, run: Result) -> list[str]:
-    tested = [_number(run.test[metric]) for metric in results.study.metrics]
+    tested = [score(run.test[metric]) for metric in results.study.metrics]
     return [results.study.variants[run.name].label, str(run.seed), f"{run.step:,}", *tested]
 
 
@@ -106,7 +108,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
 
 
-def _number(value: float | None) -> str:
+def score(value: float | None) -> str:
+    """A metric as tables show it; nothing where there is none."""
     return "" if value is None else f"{value:.4f}"
 
 

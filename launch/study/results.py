@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...data.errors import UserError
 from .compute import Comparison
 from .config import ComputeStudy, QualityStudy, Study, study_of
 from .runs import Result
@@ -16,11 +17,23 @@ from .runs import Result
 
 @dataclass(frozen=True)
 class Quality:
-    """The finished runs of a study."""
+    """The finished runs of a study.
+
+    Raises:
+        UserError: one was tested without a metric of the study.
+    """
 
     name: str
     study: QualityStudy
     results: tuple[Result, ...]
+
+    def __post_init__(self) -> None:
+        for run in self.results:
+            if lacking := [metric for metric in self.study.metrics if metric not in run.test]:
+                raise UserError(
+                    f"metrics names {lacking[0]!r}, but {run.name} with seed {run.seed} was tested without it; name "
+                    f"some of {', '.join(sorted(run.test))}, or remove that run's folder to train it anew"
+                )
 
     def of(self, variant: str) -> list[Result]:
         """A variant's runs, by seed."""

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 RESULT_FILE = "result.json"
 ATTEMPTS_FILE = "attempts.jsonl"
 CONFIG_FILE = "config.toml"
+_NOT_COMPARED: dict[str, bool | set[str]] = {
+    "launch": True,
+    "data": {"path", "threads", "prefetch", "audit"},
+    "checkpoint": {"path", "asynchronous", "keep_last", "keep_every"},
+}
+"""Settings by which results do not differ."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +118,12 @@ def complete(run: Run, study: QualityStudy, *, procs: int) -> Result:
     Raises:
         UserError: a process failed.
     """
+    from ...trainer.storage import put
+
     run.folder.mkdir(parents=True, exist_ok=True)
     _train(run, procs)
     result = _result(run, study)
-    temporary = (run.folder / RESULT_FILE).with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
-    temporary.replace(run.folder / RESULT_FILE)
+    put(run.folder / RESULT_FILE, (json.dumps(asdict(result), indent=2) + "\n").encode())
     return result
 
 
@@ -136,11 +143,13 @@ def _require_same(run: Run) -> None:
 
 def _compared(config: Config) -> dict[str, Any]:
     """The settings that results depend on, by name; where data and checkpoints lie does not matter."""
+    from ...data.locations import without_keys
+
     flat: dict[str, Any] = {}
-    for section, values in config.model_dump(mode="json", exclude={"launch", "checkpoint"}).items():
+    for section, values in config.model_dump(mode="json", exclude=_NOT_COMPARED).items():
         flat |= {f"{section}.{name}": value for name, value in values.items()}
-    for name in ("path", "threads", "prefetch", "audit"):
-        del flat[f"data.{name}"]
+    if start := config.checkpoint.start_from:
+        flat["checkpoint.start_from"] = without_keys(start)  # as the run's own file says it
     return flat
 
 
@@ -182,6 +191,8 @@ class _Ended:
 
 def _run(command: list[str]) -> _Ended:
     """Run a process to its end; Ctrl-C and SIGTERM reach it, and it is waited for while it saves."""
+    from ...data.atomic import undisturbed
+
     process = subprocess.Popen(command)
     is_interrupted = False
     try:
@@ -189,8 +200,10 @@ def _run(command: list[str]) -> _Ended:
     except KeyboardInterrupt:
         is_interrupted = True
         # The terminal has sent it Ctrl-C too, but SIGTERM came to us alone; signals close together count as one.
-        process.send_signal(signal.SIGTERM)
-        _, status, usage = os.wait4(process.pid, 0)
+        # A second signal ends the wait no sooner: a process that is left behind would go on writing to the run folder.
+        with suppress(KeyboardInterrupt), undisturbed():
+            process.send_signal(signal.SIGTERM)
+            _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     return _Ended(command, process.returncode, usage, is_interrupted)
 
@@ -205,14 +218,7 @@ def _result(run: Run, study: QualityStudy) -> Result:
     by_split = {line["split"]: line for line in lines if line["step"] == step}
     if "test" not in by_split:
         by_split |= _evaluated(run, step)
-    test, validation = (
-        {
-            name: value
-            for name, value in by_split.get(split, {}).items()
-            if name not in ("step", "epoch", "split", "time")
-        }
-        for split in ("test", "validation")
-    )
+    test, validation = (_metrics(by_split.get(split, {})) for split in ("test", "validation"))
     if missing := [name for name in study.metrics if name not in test]:
         raise UserError(f"{run.folder} has no test {missing[0]}; it has {', '.join(sorted(test))}: name one of these")
     dense, tables = _parameters(run.config)
@@ -237,8 +243,11 @@ def _result(run: Run, study: QualityStudy) -> Result:
 
 def _metrics(line: Mapping[str, Any]) -> dict[str, float | None]:
     """What a line says of its split; a metric without a value is None."""
-    values = {name: value for name, value in line.items() if name not in ("step", "epoch", "split", "time")}
-    return {name: None if value is None or math.isnan(value) else value for name, value in values.items()}
+    from ...trainer.report import metrics_in
+
+    return {
+        name: None if value is None or not math.isfinite(value) else value for name, value in metrics_in(line).items()
+    }
 
 
 def _best_step(run: Run) -> int:

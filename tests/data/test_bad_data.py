@@ -4,12 +4,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from random_datasets import random_histories, write_dataset
 
 from ultrarec.data.config import DataConfig, FeatureConfig
 from ultrarec.data.errors import UserError
 from ultrarec.data.faults import NothingLeftError
 from ultrarec.data.loader import Loader, LoaderState, RankingSampler
-from ultrarec.data.synthetic import random_histories, write_dataset
 
 NUM_ITEMS, ROWS_PER_GROUP = 20, 6
 FEATURES = {

@@ -3,11 +3,11 @@ import dataclasses
 import pyarrow as pa
 import pytest
 import torch
+from random_datasets import write_dataset
 
 from ultrarec.data.config import DataConfig, FeatureConfig
 from ultrarec.data.errors import UserError
 from ultrarec.data.loader import Candidates, Loader, LoaderState, NextItemSampler, RankingSampler
-from ultrarec.data.synthetic import write_dataset
 
 FEATURES = {
     "tab": FeatureConfig(kind="category", role="event", num_values=9),

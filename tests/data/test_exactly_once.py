@@ -9,10 +9,10 @@ from itertools import islice
 
 import pytest
 from orders import pairs_cost
+from random_datasets import random_histories, write_dataset
 
 from ultrarec.data.config import DataConfig
 from ultrarec.data.loader import Loader, LoaderState, NextItemSampler, RankingSampler
-from ultrarec.data.synthetic import random_histories, write_dataset
 
 NUM_ITEMS, EPOCHS = 30, 2
 WORLD_SIZES = (1, 2, 3, 4, 8)

@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from random_datasets import random_histories, write_dataset
 
 from ultrarec.data import collate
 from ultrarec.data.config import DataConfig, FeatureConfig
 from ultrarec.data.errors import UserError
 from ultrarec.data.loader import Candidates, Loader, LoaderState, NextItemSampler, RankingSampler
 from ultrarec.data.reader import Reader
-from ultrarec.data.synthetic import random_histories, write_dataset
 
 NUM_ITEMS = 40
 COUNTS = ["num_events", "num_train", "num_validation"]

@@ -159,10 +159,6 @@ def test_steps_of_equally_many_rows_cost_about_the_same():
     assert costs.std() / costs.mean() < by_chance / 2
 
 
-def test_a_state_survives_a_checkpoint():
-    assert LoaderState.from_dict(LoaderState(3, 41).to_dict()) == LoaderState(3, 41)
-
-
 def small_steps(lengths, *, balance_for, pair):
     """Loads of 8 ranks in steps of 64 samples, summed over an epoch but for its last step."""
     of = order_of(

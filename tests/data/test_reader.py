@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from random_datasets import random_histories, write_dataset
 
 from ultrarec.data.config import FeatureConfig
 from ultrarec.data.errors import UserError
@@ -12,7 +13,6 @@ from ultrarec.data.reader import Reader
 from ultrarec.data.samples import RankingSampler
 from ultrarec.data.schema import DatasetInfo
 from ultrarec.data.storage import Storage
-from ultrarec.data.synthetic import random_histories, write_dataset
 
 FEATURES = {
     "tab": FeatureConfig(kind="category", role="event", num_values=4),

@@ -5,6 +5,7 @@ import pytest
 import torch
 from orders import order_of, pairs_cost
 from pydantic import ValidationError
+from random_datasets import random_histories, write_dataset
 
 from ultrarec.data.config import DataConfig
 from ultrarec.data.deal import deal
@@ -13,7 +14,6 @@ from ultrarec.data.loader import Loader, NextItemSampler, RankingSampler
 from ultrarec.data.order import StepSize
 from ultrarec.data.samples import RowCounts
 from ultrarec.data.stochastic_length import Events, StochasticLength, round_dependently
-from ultrarec.data.synthetic import random_histories, write_dataset
 
 
 def stochastic_length(*, max_history=4096, alpha=1.6, selection="recent", balanced=True, seed=0):

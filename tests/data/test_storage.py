@@ -10,13 +10,13 @@ from urllib.request import Request, urlopen
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from random_datasets import random_histories, write_dataset
 
 from ultrarec.data import storage
 from ultrarec.data.config import DataConfig
 from ultrarec.data.errors import StorageError, UserError
 from ultrarec.data.loader import Loader, RankingSampler
 from ultrarec.data.storage import Storage, load_dataset
-from ultrarec.data.synthetic import random_histories, write_dataset
 
 HISTORY = "part-00001.parquet"
 

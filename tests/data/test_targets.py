@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pyarrow as pa
 import pytest
+from random_datasets import write_dataset
 
 from ultrarec.data.config import DataConfig
 from ultrarec.data.loader import Loader, NextItemSampler, RankingSampler
-from ultrarec.data.synthetic import write_dataset
 
 LENGTHS = (0, 1, 2, 6, 7, 8, 9, 14, 15, 16, 50, 71)
 HISTORY = 7

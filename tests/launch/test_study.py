@@ -1,6 +1,8 @@
 """`ultrarec study`: what it trains, what it keeps, and what it writes down."""
 
+import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,9 +17,9 @@ from small_runs import NEXT_ITEM, make_dataset
 from ultrarec.data.atomic import run_until_signalled
 from ultrarec.data.errors import UserError
 from ultrarec.launch import cli
-from ultrarec.launch.study import compute, page, results
+from ultrarec.launch.study import command, compute, page, results, runs
 from ultrarec.launch.study.config import ComputeStudy, QualityStudy, list_studies, load_study
-from ultrarec.launch.study.runs import _cost, _run
+from ultrarec.launch.study.runs import _cost, _result, _run, finished, runs_of
 from ultrarec.trainer.journal import read_lines
 
 # Of four evaluated steps the third is the best on validation, so that the last one is not what must be reported.
@@ -149,14 +151,54 @@ def test_the_page_has_what_has_finished_beside_what_others_published(out, datase
     assert written == page.page(dataset.parent / "docs" / "results")
 
 
-def test_a_run_of_other_settings_is_refused_and_named(out, study, dataset, capsys):
+@pytest.mark.parametrize(("setting", "value"), [("data.batch_rows=20", 30), ("checkpoint.keep_best=1", 2)])
+def test_a_run_of_other_settings_is_refused_and_named(setting, value, out, study, dataset, capsys):
     changed = study.with_name("changed.toml")
-    changed.write_text(study.read_text().replace("data.batch_rows=20", "data.batch_rows=30"))
+    name = setting.partition("=")[0]
+    changed.write_text(study.read_text().replace(setting, f"{name}={value}"))
     assert cli.main(["study", str(changed), "--data", str(dataset), "--out", str(out)]) == 2
     shown = capsys.readouterr().err
-    assert "data.batch_rows=20" in shown
-    assert "30" in shown
+    assert f"holds a run with {setting}, and this study asks for {value}" in shown
     assert "remove that folder" in shown
+
+
+def test_how_many_checkpoints_are_kept_makes_no_other_run(out, study, dataset, tmp_path):
+    changed = tmp_path / "small.toml"
+    changed.write_text(study.read_text().replace("checkpoint.keep_last=1", "checkpoint.keep_last=2"))
+    (run,) = runs_of(load_study(str(changed)), ["one"], seeds=1, data=str(dataset), out=out)
+    assert finished(run) is not None
+
+
+def test_a_metric_without_a_value_is_none_in_the_result(out, study, dataset, monkeypatch):
+    (run,) = runs_of(load_study(str(study)), ["one"], seeds=1, data=str(dataset), out=out)
+    found = {"step": 3, "hr@10": 0.5, "mrr": math.nan, "loss": math.inf}
+    monkeypatch.setattr(runs, "_evaluated", lambda run, step: {"test": found})
+    assert _result(run, load_study(str(study))).test == {"hr@10": 0.5, "mrr": None, "loss": None}
+
+
+def test_a_metric_of_exactly_zero_is_told_as_such(out, study, dataset, tmp_path, monkeypatch, capsys):
+    (result,) = results.read(out / "results.json").results
+    bad = replace(result, test={"hr@10": 0.0, "mrr": None})
+    monkeypatch.setattr(runs, "complete", lambda run, study, *, procs: bad)
+    args = argparse.Namespace(seeds=1, procs=1)
+    command._train(load_study(str(study)), ["one"], args=args, data=str(dataset), out=tmp_path)
+    assert "hr@10 0.0000, mrr -\n" in capsys.readouterr().err
+
+
+def test_a_picture_of_what_is_no_metric_is_refused_before_anything_is_trained(study, dataset, tmp_path, capsys):
+    changed = tmp_path / "small.toml"
+    changed.write_text(study.read_text().replace('y = "mrr"', 'y = "mmr"'))
+    assert cli.main(["study", str(changed), "--data", str(dataset), "--out", str(tmp_path / "out")]) == 2
+    assert "picture 'rank' shows y='mmr', which is not in metrics=['hr@10', 'mrr']" in capsys.readouterr().err
+
+
+def test_a_metric_that_finished_runs_do_not_have_is_named_and_nothing_written(out, study, dataset, tmp_path, capsys):
+    before = (out / "results.json").read_text()
+    changed = tmp_path / "small.toml"
+    changed.write_text(study.read_text().replace('"mrr"]', '"mrr", "hr@7"]'))
+    assert cli.main(["study", str(changed), "--data", str(dataset), "--out", str(out), "--report"]) == 2
+    assert "metrics names 'hr@7', but one with seed 0 was tested without it; name some of" in capsys.readouterr().err
+    assert (out / "results.json").read_text() == before
 
 
 def test_a_run_on_another_dataset_is_refused(out, study, tmp_path, capsys):
@@ -204,6 +246,8 @@ def test_a_cost_that_is_not_known_whole_is_not_given(out, tmp_path):
 SAVES = """
 import pathlib, signal, sys, time
 def save(*_):
+    pathlib.Path(sys.argv[1], "saving").touch()
+    time.sleep(0.3)
     pathlib.Path(sys.argv[1], "saved").touch()
     sys.exit(143)
 signal.signal(signal.SIGTERM, save)
@@ -212,14 +256,16 @@ time.sleep(60)
 """
 
 
-def test_a_study_that_is_stopped_waits_until_its_run_has_saved(tmp_path):
-    def stop_when_ready() -> None:
-        while not (tmp_path / "ready").exists():
-            timer.wait(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+@pytest.mark.parametrize("moments", [("ready",), ("ready", "saving")], ids=["once", "twice"])
+def test_a_study_that_is_stopped_waits_until_its_run_has_saved(moments, tmp_path):
+    def stop() -> None:
+        for moment in moments:
+            while not (tmp_path / moment).exists():
+                timer.wait(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     timer = threading.Event()
-    threading.Thread(target=stop_when_ready, daemon=True).start()
+    threading.Thread(target=stop, daemon=True).start()
     ended = []
 
     def work() -> None:

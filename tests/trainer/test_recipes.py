@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from process_group import run_ranks
+from random_datasets import random_histories, write_dataset
 from small_runs import train_on_ranks
 
 from ultrarec.data.config import DataConfig
 from ultrarec.data.schema import DatasetInfo, Vocabulary
-from ultrarec.data.synthetic import random_histories, write_dataset
 from ultrarec.trainer.build import Recommender, build_recommender, item_shares
 from ultrarec.trainer.config import Config, list_recipes, load_config
 

@@ -1,4 +1,4 @@
-"""Small prepared datasets from a seed, with every kind of column and length of history, for tests and benchmarks."""
+"""Small prepared datasets from a seed, with every kind of column and length of history, for tests."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .samples import Integers
-from .schema import (
+from ultrarec.data.samples import Integers
+from ultrarec.data.schema import (
     BUILT_IN_COLUMNS,
     HISTORIES_FOLDER,
     ITEMS_FILE,
@@ -124,7 +124,7 @@ def _info(root: Path, histories: pa.Table, num_items: int, files: tuple[HistoryF
         split=Split(kind="split_time", time=_SPLIT_TIME),
         files=files,
         sources=(),
-        created_by="ultrarec.data.synthetic",
+        created_by="tests.random_datasets",
     )
 
 
