@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.backends.amd.compiler import HIPOptions
 from triton.runtime import driver
 from triton.runtime.cache import triton_key
 
@@ -125,6 +126,16 @@ def prepared(launch: Launch) -> tuple[str, Callable[[], Any]]:
     return hashlib.sha256(text.encode()).hexdigest()[:32], executor.held
 
 
+def make_hash_portable() -> None:
+    """Let Triton's hash of options for AMD not depend on the folder that Triton is installed in."""
+
+    def portable(options: HIPOptions) -> str:
+        held = {**vars(options), "extern_libs": [name for name, _ in options.extern_libs]}
+        return hashlib.sha256(repr(sorted(held.items())).encode()).hexdigest()
+
+    HIPOptions.hash = portable
+
+
 def launch_of(job: Job) -> Launch:
     """What runs the kernel, with the compiler set to its device."""
     target, setting, name = job
@@ -141,6 +152,7 @@ def recorded() -> dict[str, dict[str, Any]]:
 
 
 def main(arguments: list[str]) -> None:
+    make_hash_portable()
     jobs = every(arguments[1:]) if arguments[:1] == ["--all"] else shipped()
     known, lines = {} if arguments else recorded(), []
     for job in jobs:
