@@ -48,6 +48,7 @@ def append(
     with _locked(out), full_disk_explained(out):
         info = DatasetInfo.load(out)
         _check_can_grow(info)
+        _check_files(info)
         options = PrepareOptions(
             logs=logs,
             out=out,
@@ -108,6 +109,16 @@ def _grow(info: DatasetInfo, options: PrepareOptions, report: Callable[[str], No
     for folder in (info.folder / HISTORIES_FOLDER, info.folder):
         sync(folder)
     return replace(grown, sources=info.sources + log.describe())
+
+
+def _check_files(info: DatasetInfo) -> None:
+    """Raises UserError for a history file that is missing or cut off, before anything is read into the result."""
+    for file in info.files:
+        path = info.locate(file.path)
+        held = path.stat().st_size if path.is_file() else None
+        if held != file.bytes:
+            found = "is missing" if held is None else f"has {held:,} bytes, but dataset.json says {file.bytes:,}"
+            raise UserError(f"--append: {path} {found}; restore it, or prepare all logs together; nothing was changed")
 
 
 def _check_can_grow(info: DatasetInfo) -> None:

@@ -204,6 +204,17 @@ def test_a_log_is_not_appended_twice(tmp_path):
     refuses(tmp_path / "out", "old.parquet is in .*out already; append newer logs only", new, old)
 
 
+@pytest.mark.parametrize(("size", "found"), [(None, "is missing"), (100, "has 100 bytes, but dataset.json says")])
+def test_a_damaged_history_file_is_named_and_nothing_is_appended(tmp_path, size, found):
+    old, new = two_logs(tmp_path)
+    info = prepare_log(tmp_path / "out", old)
+    if size is None:
+        info.history_paths[0].unlink()
+    else:
+        os.truncate(info.history_paths[0], size)
+    refuses(tmp_path / "out", f"part-00000.parquet {found}", new)
+
+
 def test_one_process_appends_at_a_time(tmp_path):
     old, new = two_logs(tmp_path)
     prepare_log(tmp_path / "out", old)
