@@ -44,11 +44,13 @@ def run(args: argparse.Namespace) -> int:
     from .health import NotFiniteError
     from .journal import tell
     from .loop import train
+    from .lost import lost_connection, report
     from .parallel import join
     from .run import open_run
     from .signals import StopRequested, requests_to_stop
     from .storage import checkpoint_home
     from .summary import summary
+    from .watchdog import EXIT_CODE
 
     with join(config.trainer) as world, requests_to_stop() as request:
         try:
@@ -62,6 +64,11 @@ def run(args: argparse.Namespace) -> int:
             if world.is_main:
                 tell(f"{stop}; the same command continues the run")
             return stop.exit_code
+        except RuntimeError as error:
+            if (reason := lost_connection(error)) is None:
+                raise
+            print(f"error: {report(reason, out, world.rank)}", file=sys.stderr)
+            return EXIT_CODE
         with suppress(OSError):  # stdout may be a file on a full disk; the run is complete all the same
             if world.is_main:
                 print(summary(out, checkpoint_home(config.checkpoint, out)), flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -102,7 +103,8 @@ class Manifest:
         is_whole = content == body + _seal(body)
         _refuse_other_version(path, content, is_whole=is_whole)
         if not is_whole:
-            raise DamagedError(f"checkpoint {folder} is damaged: {MANIFEST} has another checksum than it says")
+            what = "has another checksum than it says" if _is_sealed(content) else "is cut off, or not what was written"
+            raise DamagedError(f"checkpoint {folder} is damaged: {MANIFEST} {what}")
         return TypeAdapter(Manifest).validate_json(content)
 
     def write(self, folder: Location) -> None:
@@ -126,6 +128,10 @@ def _seal(body: bytes) -> bytes:
     Every flipped bit is seen: it changes the checksum, or makes this end another one.
     """
     return b',"crc32":"%08x"}' % zlib.crc32(body)
+
+
+def _is_sealed(content: bytes) -> bool:
+    return re.search(rb',"crc32":"[0-9a-f]{8}"}\Z', content) is not None
 
 
 def _refuse_other_version(path: Location, content: bytes, *, is_whole: bool) -> None:

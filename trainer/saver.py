@@ -236,7 +236,7 @@ class Saver:
         self.failures += 1
         self._say(
             f"CHECKPOINT OF STEP {step} NOT WRITTEN to {folder}: {self._error}; "
-            "training goes on, and the last complete checkpoint stands"
+            "the last complete checkpoint stands, and training goes on where steps are left"
         )
 
     def _delete_superseded(self, manifest: Manifest) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 HANDLED = (signal.SIGTERM, signal.SIGINT)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SAME_REQUEST_SECONDS = 2.0
 """Signals within this time count as one: Slurm signals every process of a step, and torchrun passes its own on."""
 
@@ -53,6 +56,7 @@ def requests_to_stop() -> Iterator[StopRequest]:
     os.set_blocking(write_end, False)
     previous_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     previous = {number: signal.signal(number, _left_to_the_thread) for number in HANDLED}
+    _stop_when_orphaned()
     thread = threading.Thread(target=_listen, args=(read_end, request), name="ultrarec-signals", daemon=True)
     thread.start()
     try:
@@ -64,6 +68,15 @@ def requests_to_stop() -> Iterator[StopRequest]:
         os.close(write_end)
         thread.join()
         os.close(read_end)
+
+
+def _stop_when_orphaned() -> None:
+    """Take the end of torchrun's agent, even by signal 9, for a request to stop.
+
+    Nobody else would end its ranks, which hold the run folder and can save no more without the agent's store.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _left_to_the_thread(signum: int, frame: FrameType | None) -> None:

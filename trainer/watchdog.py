@@ -31,7 +31,7 @@ class Watchdog:
     """
 
     def __init__(self, out: Path, *, rank: int, seconds: float) -> None:
-        self._path = out / STACKS_FOLDER / f"rank-{rank}.txt"
+        self._path = stacks_file(out, rank)
         self._file = _open_or_stderr(self._path)
         self._rank, self._seconds = rank, seconds
         self._step, self._since = 0, time.monotonic()
@@ -97,6 +97,11 @@ class Watchdog:
             sys.stderr.flush()
         time.sleep(GRACE_SECONDS)
         os._exit(EXIT_CODE)
+
+
+def stacks_file(out: Path, rank: int) -> Path:
+    """Where a rank of the run in `out` leaves stacks."""
+    return out / STACKS_FOLDER / f"rank-{rank}.txt"
 
 
 def _open_or_stderr(path: Path) -> TextIO:

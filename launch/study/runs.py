@@ -30,6 +30,7 @@ _NOT_COMPARED: dict[str, bool | set[str]] = {
     "launch": True,
     "data": {"path", "threads", "prefetch", "audit"},
     "checkpoint": {"path", "asynchronous", "keep_last", "keep_every"},
+    "trainer": {"timeout_seconds", "watchdog_seconds"},
 }
 """Settings by which results do not differ."""
 

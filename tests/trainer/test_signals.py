@@ -60,6 +60,14 @@ def rank_pid(launcher: int, rank: int) -> int:
     raise AssertionError(f"no rank {rank}")
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and not one that has ended and that nobody has asked about."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
     end = time.monotonic() + PATIENCE_SECONDS
     while not condition():
@@ -155,7 +163,11 @@ def test_torchrun_restarts_after_a_killed_rank_and_the_run_equals_the_uninterrup
         wait_until(lambda: len(steps(out)) > before + 5, process, log)
         os.kill(rank_pid(process.pid, 1), signal.SIGTERM)
         assert process.wait(PATIENCE_SECONDS) == 0, log.read_text()[-3000:]
-    assert log.read_text().count("continuing from") == 2
+    told = log.read_text()
+    assert told.count("continuing from") == 2
+    assert re.search(r"error: rank 0 lost its connection to another rank: .*; torchrun starts all ranks again", told)
+    assert "Traceback" not in told
+    assert "Traceback" in (out / "stacks" / "rank-0.txt").read_text()
     whole = tmp_path / "whole"
     config = config_of(dataset, "ranking", *SHORT, "trainer.epochs=12")
     run_ranks(train_on_ranks, [(config, whole)], world_size=2)
@@ -164,6 +176,19 @@ def test_torchrun_restarts_after_a_killed_rank_and_the_run_equals_the_uninterrup
     for rank in (0, 1):
         assert audited_steps(out, rank) == audited_steps(whole, rank)
     assert not differing(final_tensors(out), final_tensors(whole))
+
+
+def test_ranks_end_when_their_agent_is_killed(dataset, tmp_path):
+    recipe, out, log = write_recipe(dataset, tmp_path, *SETTINGS), tmp_path / "out", tmp_path / "log.txt"
+    with started(torchrun(recipe=recipe, out=out), log) as process:
+        wait_until(lambda: bool(complete_checkpoints(out)), process, log)
+        ranks = [rank_pid(process.pid, rank) for rank in (0, 1)]
+        process.kill()
+        end = time.monotonic() + PATIENCE_SECONDS
+        while any(is_running(pid) for pid in ranks):
+            assert time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(0.01)
+    assert len(steps(out)) < 480
 
 
 def test_an_error_of_the_user_is_said_once_although_torchrun_restarts(dataset, tmp_path):
