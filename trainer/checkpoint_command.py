@@ -143,8 +143,8 @@ def _problems(folder: Location) -> list[str]:
     """What is wrong with a checkpoint, its manifest included; reads all of it."""
     try:
         return Manifest.read(folder).problems(folder)
-    except DamagedError:
-        return [f"{MANIFEST} has another checksum than it says"]
+    except DamagedError as error:
+        return [str(error).partition(" is damaged: ")[2]]
 
 
 def _say(text: str) -> None:

@@ -325,10 +325,10 @@ def test_verify_of_a_checkpoint_without_manifest_is_refused(run_folder, command)
 def test_a_manifest_that_is_none_is_damage(run_folder, command, capsys, text):
     folder = checkpoint_folder(run_folder, 5)
     (folder / MANIFEST).write_text(text)
-    with pytest.raises(DamagedError, match=r"is damaged: manifest.json has another checksum than it says"):
+    with pytest.raises(DamagedError, match=r"is damaged: manifest.json is cut off, or not what was written"):
         Manifest.read(folder)
     assert command("verify", run_folder) == 1
-    told = f"DAMAGED  {folder}\n         manifest.json has another checksum than it says\n"
+    told = f"DAMAGED  {folder}\n         manifest.json is cut off, or not what was written\n"
     assert capsys.readouterr().out.startswith(told)
     assert command("list", run_folder) == 0
     assert capsys.readouterr().out.splitlines()[1].split() == ["5", "damaged", str(folder)]
