@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -57,17 +58,34 @@ def _row(name: str, field: FieldInfo) -> str:
         default = "derived"
     if isinstance(field.default, BaseModel) or field.default == {}:
         default = "see below" if isinstance(field.default, BaseModel) else "empty"
-    kind = _type(field.annotation).replace("|", "\\|")
+    kind = _type(field).replace("|", "\\|")
     return f"| `{name}` | {kind} | {default} | {_one_line(field.description or '')} |"
 
 
-def _type(annotation: Any) -> str:
-    text = getattr(annotation, "__name__", None) if not get_args(annotation) else None
-    text = text or str(annotation)
-    text = re.sub(r"typing\.|ultrarec\.\w+\.config\.|pydantic\.fields\.", "", text).replace(" | None", "")
-    if text.startswith("Literal["):
-        return " or ".join(f"`{value}`" for value in get_args(annotation))
-    return f"`{text}`"
+def _type(field: FieldInfo) -> str:
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    return " or ".join(f"`{value}`" for value in choices) or f"`{_name(field.annotation)}{_bounds(field.metadata)}`"
+
+
+def _name(annotation: Any) -> str:
+    """A type as a reader writes it: `tuple[float >= 0, ...]` where pydantic keeps a bound as metadata."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _name(arguments[0]) + _bounds(arguments[1:])
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    names = ["..." if each is ... else _name(each) for each in arguments if each is not type(None)]
+    if origin in (Union, UnionType):
+        return " | ".join(names)
+    own = getattr(origin or annotation, "__name__", str(annotation))
+    return f"{own}[{', '.join(names)}]" if names else own
+
+
+def _bounds(metadata: Iterable[Any]) -> str:
+    rules = [rule for each in metadata for rule in (each.metadata if isinstance(each, FieldInfo) else [each])]
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    found = [f"{sign} {getattr(rule, name)}" for rule in rules for name, sign in signs.items() if hasattr(rule, name)]
+    return f" {' and '.join(found)}" if found else ""
 
 
 def _model(annotation: Any) -> type[BaseModel]:
