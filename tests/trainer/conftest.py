@@ -12,7 +12,6 @@ import pytest
 from process_group import run_ranks
 from small_runs import KINDS, config_of, make_dataset, train_on_ranks
 
-
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
