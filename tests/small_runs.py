@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,7 +141,10 @@ def config_of(dataset: Path, kind: str, *settings: str) -> Config:
     """The configuration of one of KINDS over a dataset, with further settings; its recipe stands beside the dataset."""
     text, *own = KINDS[kind]
     path = dataset.parent / f"{kind}.toml"
-    path.write_text(text.format(path=dataset))
+    if not path.exists():
+        new = path.with_suffix(f".{os.getpid()}")  # other workers of pytest may read or write the recipe now
+        new.write_text(text.format(path=dataset))
+        new.replace(path)
     return load_config(str(path), [*own, *settings])
 
 

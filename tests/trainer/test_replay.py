@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from process_group import run_ranks
-from small_runs import config_of, lines, train_on_ranks
+from small_runs import KINDS, config_of, lines, train_on_ranks
 
 from ultrarec.data.errors import UserError
 from ultrarec.trainer import parallel, replay_command
@@ -26,6 +26,7 @@ from ultrarec.trainer.journal import METRICS_FILE
 from ultrarec.trainer.parallel import World
 
 SETTINGS = ("model.dropout=0.3", "checkpoint.every=5", "trainer.max_steps=12")
+STEPS = (1, 8)
 
 
 def replayed(out: Path, step: int, *settings: str) -> str:
@@ -41,15 +42,33 @@ def replayed(out: Path, step: int, *settings: str) -> str:
     return shown.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["ranking", "columns", "full_softmax", "sampled_softmax", "adamw_softmax"])
-@pytest.mark.parametrize("step", [1, 8])
-def test_a_replayed_step_has_the_numbers_of_the_run_and_names_its_rows(dataset, tmp_path, kind, step):
-    out = tmp_path / "out"
-    run_ranks(train_on_ranks, [(config_of(dataset, kind, *SETTINGS), out)], world_size=2)
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    shown, silent = run_ranks(replayed, out, step, world_size=2)
+def replayed_each(jobs: list[tuple[Path, int]]) -> list[str]:
+    return [replayed(out, step) for out, step in jobs]
+
+
+def content(out: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def replays(dataset, tmp_path_factory):
+    """By kind, a run on two ranks and its files; by kind and step, what each rank prints when it is replayed."""
+    root = tmp_path_factory.mktemp("replayed")
+    runs = {kind: root / kind for kind in KINDS}
+    run_ranks(train_on_ranks, [(config_of(dataset, kind, *SETTINGS), out) for kind, out in runs.items()], world_size=2)
+    before = {kind: content(out) for kind, out in runs.items()}
+    cases = [(kind, step) for kind in KINDS for step in STEPS]
+    shown = run_ranks(replayed_each, [(runs[kind], step) for kind, step in cases], world_size=2)
+    return runs, before, dict(zip(cases, zip(*shown, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_replayed_step_has_the_numbers_of_the_run_and_names_its_rows(replays, kind, step):
+    runs, before, printed = replays
+    shown, silent = printed[kind, step]
     assert silent == ""
-    line = lines(out)[step - 1]
+    line = lines(runs[kind])[step - 1]
     assert f"step {step}: loss {line['loss']:.6g}, dense gradient norm {line['grad_norm']:.6g}," in shown
     assert "faults: none" in shown
     assert "not finite, in the order of computing: 0" in shown
@@ -60,20 +79,28 @@ def test_a_replayed_step_has_the_numbers_of_the_run_and_names_its_rows(dataset, 
         assert total / labels == pytest.approx(line["loss"], rel=1e-3)
     assert [float(row[0]) for row in rows] == sorted((float(row[0]) for row in rows), reverse=True)
     assert re.search(r"\d  embeddings of 'item'", shown)
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert content(runs[kind]) == before[kind]
 
 
-def test_replay_passes_over_a_damaged_checkpoint_and_leaves_it_as_it_is(dataset, tmp_path):
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def alone(dataset, tmp_path_factory):
+    """A run on one rank, which tests read and copy."""
+    out = tmp_path_factory.mktemp("alone") / "out"
     run_ranks(train_on_ranks, [(config_of(dataset, "ranking", *SETTINGS), out)], world_size=1)
-    (whole,) = run_ranks(replayed, out, 11, world_size=1)
+    return out
+
+
+def test_replay_passes_over_a_damaged_checkpoint_and_leaves_it_as_it_is(alone, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(alone, out)
     (shard,) = (out / "checkpoints" / "step-00000010").glob("*.safetensors")
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert run_ranks(replayed, out, 11, world_size=1) == [whole]
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.write_bytes(damaged)
+    before = content(out)
+    ((whole, passed_over),) = run_ranks(replayed_each, [(alone, 11), (out, 11)], world_size=1)
+    assert passed_over == whole
+    assert content(out) == before
 
 
 def replayed_with_an_infinite_weight(out: Path, step: int) -> tuple[str, str]:
@@ -91,10 +118,8 @@ def replayed_with_an_infinite_weight(out: Path, step: int) -> tuple[str, str]:
         return replayed(out, step), broken[0]
 
 
-def test_what_is_not_finite_is_named_in_the_order_of_computing(dataset, tmp_path):
-    out = tmp_path / "out"
-    run_ranks(train_on_ranks, [(config_of(dataset, "ranking", *SETTINGS), out)], world_size=1)
-    ((shown, name),) = run_ranks(replayed_with_an_infinite_weight, out, 7, world_size=1)
+def test_what_is_not_finite_is_named_in_the_order_of_computing(alone):
+    ((shown, name),) = run_ranks(replayed_with_an_infinite_weight, alone, 7, world_size=1)
     assert "faults: rank 0: the loss\n" in shown
     listed = shown.split("in the order of computing: ")[1].splitlines()[1:]
     assert listed[0] == f"  rank 0: weight {name}"
@@ -102,11 +127,9 @@ def test_what_is_not_finite_is_named_in_the_order_of_computing(dataset, tmp_path
 
 
 @pytest.mark.parametrize(("step", "said"), [(0, "steps are counted from 1"), (13, "step 13: the run has 12 steps")])
-def test_a_step_that_the_run_does_not_have_is_refused(dataset, tmp_path, step, said):
-    out = tmp_path / "out"
-    run_ranks(train_on_ranks, [(config_of(dataset, "ranking", *SETTINGS), out)], world_size=1)
+def test_a_step_that_the_run_does_not_have_is_refused(alone, step, said):
     with pytest.raises(RuntimeError, match=said):
-        run_ranks(replayed, out, step, world_size=1)
+        run_ranks(replayed, alone, step, world_size=1)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
