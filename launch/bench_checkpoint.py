@@ -18,25 +18,32 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..data.errors import UserError
+from .outputs import make_folder
 
 if TYPE_CHECKING:
     from ..trainer.checkpoint_bench import Round
 
 STALL_GOAL, RATE_GOAL = 0.10, 0.70
+LEAST_GIB = 0.001
+"""Below, a rank would have no row."""
 NEEDED_COPIES = 4
 """Sizes of the tables that the disk must hold: a checkpoint, the one before it, a copy of it, and some room."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ultrarec bench checkpoint`."""
-    parser.add_argument("--gib", type=_positive, default=1.0, metavar="N", help="GiB of tables (default: 1)")
-    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes that share them (default: 2)")
+    parser.add_argument("--gib", type=_size, default=1.0, metavar="N", help="GiB of tables (default: 1)")
+    parser.add_argument("--ranks", type=_count, default=2, metavar="N", help="processes that share them (default: 2)")
     parser.add_argument("--where", type=Path, default=Path(), metavar="DIR", help="disk to measure (default: here)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write checkpoint.json there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit code."""
+    if not args.where.is_dir():
+        raise UserError(f"--where {args.where} is no folder; name one on the disk to measure")
+    if args.out is not None:
+        make_folder(args.out)
     needed, free = int(NEEDED_COPIES * args.gib * 2**30), shutil.disk_usage(args.where).free
     if free < needed:
         raise UserError(f"--gib {args.gib:g} needs {needed:,} bytes in {args.where.resolve()}, which has {free:,}")
@@ -49,7 +56,6 @@ def run(args: argparse.Namespace) -> int:
     report = _report(measured, args)
     print(_page(report))
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "checkpoint.json").write_text(json.dumps(report, indent=2) + "\n")
         print(f"\nwritten: {args.out / 'checkpoint.json'}")
     return 0
@@ -145,11 +151,17 @@ def _page(report: dict[str, Any]) -> str:
     )
 
 
-def _positive(text: str) -> float:
+def _size(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    if not LEAST_GIB <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {LEAST_GIB} on")
     return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)

@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
                 train(opened)
         except NotFiniteError as error:
             remember_final(1)
-            print(f"error: {error}", file=sys.stderr)
+            if world.is_main:
+                print(f"error: {error}", file=sys.stderr)
             return 1
         except StopRequested as stop:
             if world.is_main:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.errors import UserError
-from ..data.locations import local_path
+from ..data.locations import is_uri, local_path
 from .config import load_config
 from .manifest import MANIFEST, DamagedError, Manifest, all_checkpoints, checkpoints_at, step_of, use_newest
 from .storage import Location, checkpoint_home, location
@@ -166,11 +166,12 @@ def _home(text: str) -> Location:
 
 
 def _dataset_of(text: str) -> str | None:
-    """The dataset of the run folder that a path names or lies in."""
+    """The dataset of the run folder that a path names or lies in, if it is still there."""
     place = location(text)
     for folder in (place, *place.parents[:2]) if isinstance(place, Path) else ():
         if (folder / "config.toml").is_file():
-            return load_config(str(folder / "config.toml")).data.path
+            path = load_config(str(folder / "config.toml")).data.path
+            return path if is_uri(path) or Path(path).is_dir() else None
     return None
 
 

@@ -125,6 +125,11 @@ class LaunchConfig(Section):
     """Time to finish a step and save after SIGTERM, before torchrun kills; the scheduler's own limit must be longer."""
 
 
+def _meet(first: int | None, second: int | None) -> bool:
+    """Whether one of two periods is a multiple of the other."""
+    return first is not None and second is not None and 0 in (first % second, second % first)
+
+
 class Config(Section):
     """A whole run."""
 
@@ -144,6 +149,22 @@ class Config(Section):
             raise ValueError(
                 f"data.retry_seconds={retry:g} is not shorter than trainer.watchdog_seconds={watchdog:g}, which would "
                 "end the step that waits for the data; raise that, and trainer.timeout_seconds above it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kept_checkpoints_are_written(self) -> Config:
+        checkpoint, evaluate_every = self.checkpoint, self.trainer.evaluate_every
+        if checkpoint.keep_every is not None and (not checkpoint.every or checkpoint.keep_every % checkpoint.every):
+            raise ValueError(
+                f"checkpoint.keep_every={checkpoint.keep_every} is no multiple of checkpoint.every={checkpoint.every}, "
+                "so that no save falls on it; set it to one"
+            )
+        if checkpoint.keep_best and not _meet(checkpoint.every, evaluate_every):
+            raise ValueError(
+                f"checkpoint.keep_best={checkpoint.keep_best} wants checkpoints of validated steps, but "
+                f"checkpoint.every={checkpoint.every} and trainer.evaluate_every={evaluate_every} do not meet; set one "
+                "to a multiple of the other"
             )
         return self
 

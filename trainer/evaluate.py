@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,8 @@ class Evaluator:
     info: DatasetInfo
     world: World
     parallel: DistributedModelParallel
+    progress: Callable[[], None] = lambda: None
+    """Called after every part of the work, for whoever watches that it goes on."""
 
     @property
     def held_out(self) -> list[Split]:
@@ -71,6 +73,7 @@ class Evaluator:
             check_ranks(loader.faults)
         hidden = not self.world.is_main
         for batch in tqdm(loader, total=len_of(loader), desc=split, unit="batch", leave=False, disable=hidden or None):
+            self.progress()
             left_out += batch.skipped
             yield batch.to(self.world.device, non_blocking=True)
 
@@ -140,6 +143,7 @@ class Evaluator:
         for start in range(0, len(users_MD), USER_CHUNK):
             rows = slice(start, min(start + USER_CHUNK, len(users_MD)))
             yield rows, model.score(users_MD[rows], items_CD)
+            self.progress()
 
     def _catalogue(self) -> Iterator[tuple[int, Tensor]]:
         """The normalised vectors of all items in chunks, each with its first id; every rank looks up every chunk."""

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..data.errors import UserError
 from ..data.items import read_items
-from ..data.locations import is_uri, shown
+from ..data.locations import shown
 from ..data.storage import Storage, load_dataset
 from ..embeddings.tables import ITEM_TABLE
 from .pieces import Source
@@ -100,7 +100,7 @@ def _groups(source: Source, table: str) -> Iterator[tuple[int, torch.Tensor]]:
 
 def _original_ids(source: Source, dataset: str | None) -> pa.Array | None:
     """By row of the item table, the id in the log; None when no dataset tells."""
-    if dataset is None or not (is_uri(dataset) or Path(dataset).is_dir()):
+    if dataset is None:
         return None
     info = load_dataset(dataset)
     if info.fingerprint != source.manifest.dataset:

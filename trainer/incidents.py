@@ -31,7 +31,7 @@ def inspect(run: Run, step: Step) -> None:
             health.recent.append(verdict.loss)
     if health.skipped > trainer.max_skipped_batches:
         raise NotFiniteError(
-            f"stopped before the update of step {run.state.step}: {health.skipped} batches of this run were skipped "
+            f"stopped at step {run.state.step}: {health.skipped} batches of this run were skipped "
             "since their loss or a gradient was not finite, more than "
             f"trainer.max_skipped_batches={trainer.max_skipped_batches} (the last: {'; '.join(_faults(step))}); "
             f"nothing of them reached weights or tables. Their rows are in {run.out / INCIDENTS_FILE}; look for broken "

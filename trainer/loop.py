@@ -27,7 +27,7 @@ from .signals import StopRequested
 from .state import TrainState, Window
 from .step import Step, train_step
 from .throughput import Throughput
-from .timing import Stragglers, Timer, metrics_of, over_ranks
+from .timing import Stragglers, Timer, metrics_of, over_ranks, seconds_of_ranks
 from .watchdog import Watchdog
 
 
@@ -152,6 +152,7 @@ def log(run: Run, step: Step) -> None:
     samples, tokens, skipped, flops, unwritten = sum_over_ranks(torch.tensor(counted, dtype=torch.float64)).tolist()
     seconds = time.monotonic() - run.meter.start
     per_rank = over_ranks(run.timer.read(), steps=run.meter.steps)
+    run.reporter.ranks({"step": run.state.step, "seconds": seconds_of_ranks(per_rank)})
     run.reporter.write(
         {
             "step": run.state.step,
@@ -188,10 +189,16 @@ def evaluate(run: Run, split: Split) -> None:
     start, left_out = time.monotonic(), list[SkippedSample]()
     # The pipeline's rewritten model expects ids that are already exchanged; evaluation runs the plain one.
     run.pipeline.detach()
-    with run.timer.phase("evaluation"), run.watchdog.paused():
+    with run.timer.phase("evaluation"):
         metrics = run.evaluator(split, left_out=left_out)
     if split == "validation":
         run.state.validated(metrics)
+        best = run.config.checkpoint.best_metric
+        if best is not None and best not in metrics:
+            run.reporter.say(
+                f"ATTENTION: checkpoint.best_metric={best!r} is none of the validation metrics "
+                f"({', '.join(metrics)}); no checkpoint is the best"
+            )
     # Batches in flight have exchanged their ids; attached without this, the pipeline would begin that exchange again,
     # and lose the sizes of the first on several ranks.
     run.pipeline.attach(sparse_dist=False)

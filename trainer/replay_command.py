@@ -17,6 +17,12 @@ from .manifest import complete_checkpoints, newest_readable, step_of
 from .noise import silence
 from .storage import Location, checkpoint_home
 
+_NOT_OF_THE_STEP = {
+    *("device", "precision", "timeout_seconds", "watchdog_seconds"),
+    *("log_every", "evaluate_every", "max_skipped_batches", "spike_factor"),
+}
+"""Settings of `trainer` that may be others: precision too, since whether a NaN comes without bf16 is worth knowing."""
+
 if TYPE_CHECKING:
     from .config import Config
     from .parallel import World
@@ -49,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     from .parallel import join
 
     with join(config.trainer) as world:
-        _warn_of_other_ranks(args, before, world)
+        _warn_of_other_ranks(args, complete, world)
+        _tell_start(args, before, world)
         _replay(config, before, world, step=args.step)
     return 0
 
@@ -59,13 +66,21 @@ def _config_of(run_dir: Path, overrides: list[str]) -> Config:
     if not file.is_file():
         raise UserError(f"{run_dir} is no run folder: it has no config.toml; check the path")
     config = load_config(str(file), overrides)
-    if config.training_hash() != load_config(str(file)).training_hash():
+    if _what_makes_steps(config) != _what_makes_steps(load_config(str(file))):
         names = ", ".join(each.partition("=")[0] for each in overrides)  # values may hold keys
         raise UserError(
-            f"--set {names}: the step would not be that of {run_dir}, "
-            "of which data, embeddings, model and objective stay; set what changes none of them, such as data.path"
+            f"--set {names}: the step would not be that of {run_dir}, of which data, embeddings, model, objective, "
+            f"optimizer and trainer stay, but for data.path and trainer's {', '.join(sorted(_NOT_OF_THE_STEP))}"
         )
     return config
+
+
+def _what_makes_steps(config: Config) -> tuple[str, str, str]:
+    return (
+        config.training_hash(),
+        config.optimizer.model_dump_json(),
+        config.trainer.model_dump_json(exclude=_NOT_OF_THE_STEP),
+    )
 
 
 def _check_dataset(config: Config, complete: list[Location], run_dir: Path) -> None:
@@ -91,8 +106,17 @@ def _check_step(config: Config, complete: list[Location], args: argparse.Namespa
         raise UserError(f"step {args.step}: {args.run_dir} has come to step {reached}; choose one from 1 to {reached}")
 
 
-def _warn_of_other_ranks(args: argparse.Namespace, before: list[Location], world: World) -> None:
+def _tell_start(args: argparse.Namespace, before: list[Location], world: World) -> None:
+    """How far it is to the step: without a checkpoint shortly before it, as far as the run itself took."""
     manifest = newest_readable(before)
+    start = manifest.step if manifest else 0
+    if world.is_main and start < args.step - 1:
+        where = f"the newest checkpoint before it is of step {start}" if start else "no checkpoint before it is kept"
+        print(f"step {args.step}: {where}; training {args.step - start} steps to get there", file=sys.stderr)
+
+
+def _warn_of_other_ranks(args: argparse.Namespace, complete: list[Location], world: World) -> None:
+    manifest = newest_readable(complete)
     ranks = manifest.world_size if manifest else world.size
     if ranks != world.size and world.is_main:
         print(

@@ -22,6 +22,7 @@ from .journal import INCIDENTS_FILE, METRICS_FILE, REMIND_SECONDS, Journal, cut_
 from .storage import put
 
 OPENING_FILE = "opening.jsonl"
+RANKS_FILE = "ranks.jsonl"
 
 
 def metrics_in(line: Mapping[str, Any]) -> dict[str, float | None]:
@@ -30,11 +31,11 @@ def metrics_in(line: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def forget_after(out: Path, step: int) -> None:
-    """Drop the lines behind `step`, of metrics, incidents and every rank's audit and skipped samples: the run writes
-    them again from there.
+    """Drop the lines behind `step`, of metrics, ranks' times, incidents and every rank's audit and skipped samples: the
+    run writes them again from there.
     """
     by_rank = [*out.glob("audit/rank-*.jsonl"), *out.glob("skipped/rank-*.jsonl")]
-    for path in [out / METRICS_FILE, out / INCIDENTS_FILE, *by_rank]:
+    for path in [out / METRICS_FILE, out / RANKS_FILE, out / INCIDENTS_FILE, *by_rank]:
         cut_after(path, step)
 
 
@@ -45,13 +46,14 @@ class Reporter:
         self._is_main = is_main
         self._total_steps = total_steps
         self._metrics, self._incidents = Journal(out / METRICS_FILE), Journal(out / INCIDENTS_FILE)
+        self._ranks = Journal(out / RANKS_FILE)
         self._board = _Board(out / "tensorboard", purge_step=step + 1)
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not (is_main and sys.stderr.isatty()))
 
     @property
     def journals(self) -> list[Journal]:
         """The files of lines that it writes."""
-        return [self._metrics, self._incidents]
+        return [self._metrics, self._ranks, self._incidents]
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Record one line of metrics, whose `step`, `epoch` and `split` say what it is about."""
@@ -63,6 +65,11 @@ class Reporter:
         self._metrics.append(line)
         self._board.add(values)
         self.say(self._headline(values))
+
+    def ranks(self, line: Mapping[str, Any]) -> None:
+        """Record where the time of each rank went, beside the line of metrics of the same step."""
+        if self._is_main:
+            self._ranks.append(line)
 
     def incident(self, line: Mapping[str, Any]) -> None:
         """Record a batch to look at again."""

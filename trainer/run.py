@@ -109,7 +109,7 @@ def assemble(
             trainable=trainable,
             pipeline=_pipeline(sharded, trainable, config, world=world, timer=timer, request=request),
             loader=loader,
-            evaluator=Evaluator(config, info, world, sharded.parallel),
+            evaluator=Evaluator(config, info, world, sharded.parallel, progress=watchdog.evaluating),
             total_steps=total_steps,
             reporter=reporter,
             audit=audit,

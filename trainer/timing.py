@@ -130,6 +130,11 @@ def metrics_of(per_rank: Tensor) -> dict[str, float | int]:
     return metrics
 
 
+def seconds_of_ranks(per_rank: Tensor) -> dict[str, list[float]]:
+    """Of every phase, the seconds per step of each rank."""
+    return {name: [round(value, 6) for value in per_rank[:, place].tolist()] for place, name in enumerate(PHASES)}
+
+
 class Stragglers:
     """Notices a rank that is slower than the others reading after reading."""
 

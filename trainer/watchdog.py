@@ -34,7 +34,7 @@ class Watchdog:
         self._path = stacks_file(out, rank)
         self._file = _open_or_stderr(self._path)
         self._rank, self._seconds = rank, seconds
-        self._step, self._since = 0, time.monotonic()
+        self._step, self._since, self._is_evaluating = 0, time.monotonic(), False
         self._paused = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="ultrarec-watchdog", daemon=True)
@@ -46,11 +46,15 @@ class Watchdog:
 
     def beat(self, step: int) -> None:
         """A step has finished."""
-        self._step, self._since = step, time.monotonic()
+        self._step, self._since, self._is_evaluating = step, time.monotonic(), False
+
+    def evaluating(self) -> None:
+        """A part of an evaluation has finished: a batch, or a chunk of the catalogue."""
+        self._since, self._is_evaluating = time.monotonic(), True
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that no step needs: evaluation and saving end by the time limit of their collectives."""
+        """Time that no step needs: saving ends by its own time limit."""
         self._paused = True
         try:
             yield
@@ -65,8 +69,9 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         if self._file is not sys.stderr:
             self._file.close()
-            if self._path.stat().st_size == 0:
-                self._path.unlink()
+            with suppress(OSError):  # somebody may have cleared the folder
+                if self._path.stat().st_size == 0:
+                    self._path.unlink()
 
     def _watch(self) -> None:
         while not self._end.wait(self._seconds / LOOKS):
@@ -80,8 +85,9 @@ class Watchdog:
 
     def _abort(self) -> None:
         faulthandler.cancel_dump_traceback_later()
+        what, last = ("part of an evaluation", "last step") if self._is_evaluating else ("step", "last")
         said = (
-            f"rank {self._rank}: no step has finished for {self._seconds:g} s, the last was {self._step}; "
+            f"rank {self._rank}: no {what} has finished for {self._seconds:g} s, the {last} was {self._step}; "
             f"stacks of all threads in {self._file.name}; aborting (trainer.watchdog_seconds)\n"
         )
         try:

@@ -32,6 +32,20 @@ def test_the_bench_refuses_more_than_the_disk_holds(tmp_path, capsys):
     assert "error: --gib 1e+09 needs" in capsys.readouterr().err
 
 
+def test_what_cannot_be_measured_or_written_is_refused_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for option, said in {
+        "--where": f"--where {tmp_path / 'file'} is no folder; name one on the disk to measure",
+        "--out": f"--out {tmp_path / 'file'}: File exists; choose a folder that can be written to",
+    }.items():
+        assert main(["bench", "checkpoint", option, str(tmp_path / "file")]) == 2
+        assert f"error: {said}" in capsys.readouterr().err
+    for option, value in (("--ranks", "0"), ("--gib", "1e-7")):
+        with pytest.raises(SystemExit):
+            main(["bench", "checkpoint", option, value])
+        assert f"'{value}' is not a number from " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_bench_leaves_nothing_behind_when_it_is_ended(tmp_path, number):
     command = [sys.executable, "-m", "ultrarec.launch.cli", "bench", "checkpoint", "--gib", "0.002", "--where"]

@@ -265,6 +265,12 @@ def exported(trained, dataset, tmp_path, command):
     return out
 
 
+def test_an_export_refuses_a_dataset_that_is_not_there(trained, tmp_path, command):
+    with pytest.raises(UserError, match="typo"):
+        command("export", trained(2)["ranking"], "--out", tmp_path / "out", "--dataset", tmp_path / "typo")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_export_holds_dense_weights_and_the_vector_of_every_item(trained, dataset, exported):
     tensors = final_tensors(trained(2)["ranking"])
     dense = load_file(exported / "dense.safetensors")

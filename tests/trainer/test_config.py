@@ -199,6 +199,15 @@ def test_a_bad_setting_is_named_with_value_and_remedy(recipe, override, expected
             "embeddings.sharding places ['item'] data_parallel, where embeddings.optimizer.kind='adam' is none of the "
             "optimizers; choose 'adamw' or 'rowwise_adagrad', or another placement",
         ),
+        (
+            ["checkpoint.every=6", "checkpoint.keep_every=9"],
+            "checkpoint.keep_every=9 is no multiple of checkpoint.every=6, so that no save falls on it; set it to one",
+        ),
+        (
+            ["checkpoint.every=6", "checkpoint.keep_best=2", "trainer.evaluate_every=4"],
+            "checkpoint.keep_best=2 wants checkpoints of validated steps, but checkpoint.every=6 and "
+            "trainer.evaluate_every=4 do not meet; set one to a multiple of the other",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_named_with_a_remedy(recipe, overrides, expected):

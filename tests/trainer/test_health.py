@@ -160,7 +160,7 @@ def test_the_budget_stops_every_rank_and_counts_across_a_restart(dataset, tmp_pa
     assert set(run_ranks(train_spoilt, first, out, {3}, world_size=world_size)) == {"trained"}
     said = run_ranks(train_spoilt, config_of(dataset, "ranking", *settings), out, {4}, world_size=world_size)
     assert len(set(said)) == 1
-    assert said[0].startswith("stopped before the update of step 15: 2 batches of this run were skipped")
+    assert said[0].startswith("stopped at step 15: 2 batches of this run were skipped")
     assert "trainer.max_skipped_batches=1 (the last: rank 0: the loss)" in said[0]
     assert [line["step"] for line in incidents(out)] == [4, 15]
 

@@ -196,11 +196,12 @@ def test_replay_finds_the_dataset_where_it_is_said_to_be(dataset, trained, tmp_p
     assert f"step 3: loss {lines(out)[2]['loss']:.6g}, " in shown
 
 
-def test_settings_that_would_make_it_another_step_are_refused(trained):
+@pytest.mark.parametrize("setting", ["data.batch_rows=25", "optimizer.lr=0.5", "trainer.seed=9"])
+def test_settings_that_would_make_it_another_step_are_refused(trained, setting):
     out = trained(1)["ranking"]
-    code, said = replay_by_command(out, 3, "data.batch_rows=25")
+    code, said = replay_by_command(out, 3, setting)
     assert code == 2
-    assert said.startswith(f"error: --set data.batch_rows: the step would not be that of {out}, ")
+    assert said.startswith(f"error: --set {setting.partition('=')[0]}: the step would not be that of {out}, ")
 
 
 def test_replay_repeats_no_key_and_waits_for_storage_as_long_as_it_is_told(trained):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_runs import lines
 
 from ultrarec.trainer import timing
 from ultrarec.trainer.timing import PHASES, SLOW_READINGS, Stragglers, Timer, metrics_of
@@ -103,3 +104,15 @@ def test_lines_of_metrics_hold_the_seconds_of_every_phase(trained):
     # Between the first line and the last, everything has a name; phases are read a moment before a line is written.
     total = sum(each[f"seconds/{phase}"] for each in later for phase in PHASES)
     assert total == pytest.approx(later[-1]["time"] - line["time"], rel=0.2, abs=0.3)
+
+
+def test_the_seconds_of_every_rank_lie_beside_the_metrics(trained):
+    out = trained(2)["ranking"]
+    per_rank = [json.loads(line) for line in (out / "ranks.jsonl").read_text().splitlines()]
+    metrics = lines(out)
+    assert [each["step"] for each in per_rank] == [line["step"] for line in metrics]
+    for each, line in zip(per_rank, metrics, strict=True):
+        for phase in PHASES:
+            seconds = each["seconds"][phase]
+            assert len(seconds) == 2
+            assert max(seconds) == line[f"seconds/{phase}/max"] == seconds[line[f"seconds/{phase}/max_rank"]]
