@@ -11,7 +11,6 @@ within a bound, and gives the same command again.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import random
 import resource
@@ -27,13 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from process_group import limit_files, writer_processes
+from process_group import CONTEXT, limit_files, writer_processes
 from small_runs import audit, audited_steps, config_of, differing, final_tensors, lines, losses, make_dataset
 
 from ultrarec.trainer.manifest import MANIFEST, all_checkpoints, complete_checkpoints, step_of
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["ultrarec.trainer.run", "ultrarec.trainer.signals", "ultrarec.trainer.summary"])
 
 EVERY = 3
 SETTINGS = (
@@ -177,13 +173,13 @@ def attempt(argv: list[str], log: Path, *, world_size: int, fault: Fault | None)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    strikes = _CONTEXT.SimpleQueue()
+    strikes = CONTEXT.SimpleQueue()
     processes = []
     for rank in range(world_size):
         environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         environment |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         own = fault if fault is not None and fault.rank == rank else None
-        processes.append(_CONTEXT.Process(target=rank_main, args=(argv, environment, str(log), own, strikes)))
+        processes.append(CONTEXT.Process(target=rank_main, args=(argv, environment, str(log), own, strikes)))
     for process in processes:
         process.start()
     try:

@@ -13,13 +13,22 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["ultrarec.trainer.run"])
+CONTEXT = multiprocessing.get_context("forkserver")
+"""A process has one server, which imports what was asked for last before it starts: it is asked for here alone, and
+tests of code that asks for something else start it first. Ranks that must import it all take four times as long.
+"""
+CONTEXT.set_forkserver_preload([f"ultrarec.trainer.{name}" for name in ("run", "signals", "summary")] + ["pytest"])
 TIMEOUT_SECONDS = 90
+
+
+def start_server() -> None:
+    """Start the process that ranks are forked from, unless it runs; the first rank does so too."""
+    forkserver.ensure_running()
 
 
 def run_ranks(function: Callable[..., Any], *args: Any, world_size: int) -> list[Any]:
@@ -28,10 +37,10 @@ def run_ranks(function: Callable[..., Any], *args: Any, world_size: int) -> list
     `function` is a module-level function of a test file. The tracebacks of all ranks that fail are raised together.
     """
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
+        pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
         where = (function.__code__.co_filename, function.__name__)
         processes = [
-            _CONTEXT.Process(target=_rank, args=(where, args, rank, world_size, f"{folder}/store", sender))
+            CONTEXT.Process(target=_rank, args=(where, args, rank, world_size, f"{folder}/store", sender))
             for rank, (_, sender) in enumerate(pipes)
         ]
         for process in processes:
@@ -74,6 +83,7 @@ def _result(receiver: Connection) -> tuple[bool, Any]:
 
 
 def _rank(where: tuple[str, str], args: Any, rank: int, world_size: int, store: str, sender: Connection) -> None:
+    assert "ultrarec.trainer.run" in sys.modules, "somebody else asked the server for other imports; see CONTEXT"
     import torch
     import torch.distributed as dist
 

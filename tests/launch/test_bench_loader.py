@@ -1,9 +1,12 @@
 import json
 
+from process_group import start_server
+
 from ultrarec.launch.cli import main
 
 
 def test_each_rank_is_measured_in_its_own_process_against_a_bare_scan(tmp_path, capsys):
+    start_server()  # before the command does, for whatever comes after this test
     out = tmp_path / "loader.json"
     assert main(["bench", "loader", "--quick", "--ranks", "2", "--threads", "1", "--out", str(out)]) == 0
     figures = json.loads(out.read_text())["figures"]

@@ -1,13 +1,13 @@
 """Attempts of one job share torchrun's store; none may read what an earlier one left there."""
 
 import datetime
-import multiprocessing
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from process_group import CONTEXT
 from torch.distributed import Store, TCPStore
 
 from ultrarec.data.errors import UserError
@@ -15,8 +15,6 @@ from ultrarec.trainer.config import TrainerConfig
 from ultrarec.trainer.parallel import join, sum_over_ranks
 from ultrarec.trainer.rendezvous import agent_store
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["ultrarec.trainer.parallel"])
 PATIENCE = datetime.timedelta(seconds=10)
 
 
@@ -79,9 +77,9 @@ def test_a_restarted_rank_waits_for_the_others_where_their_predecessors_are_gone
     """The store is an agent's: it lives on, with the addresses of ranks that were killed."""
     agent = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     for seconds_late in (0.0, 0.5, 0.5):
-        sums = _CONTEXT.SimpleQueue()
+        sums = CONTEXT.SimpleQueue()
         ranks = [
-            _CONTEXT.Process(target=join_and_sum, args=(rank, agent.port, seconds_late * (rank == late), sums))
+            CONTEXT.Process(target=join_and_sum, args=(rank, agent.port, seconds_late * (rank == late), sums))
             for rank in (0, 1)
         ]
         for process in ranks:

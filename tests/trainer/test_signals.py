@@ -154,7 +154,7 @@ def test_torchrun_hands_a_signal_to_all_ranks_which_save_the_same_step(dataset, 
 @pytest.mark.timeout(480)
 def test_torchrun_restarts_after_a_killed_rank_and_the_run_equals_the_uninterrupted_one(dataset, tmp_path):
     """One rank is killed, later the other is asked to stop: both times all start again and lose nothing."""
-    recipe, out, log = write_recipe(dataset, tmp_path, *SHORT, "trainer.epochs=12"), tmp_path / "out", tmp_path / "log"
+    recipe, out, log = write_recipe(dataset, tmp_path, *SHORT, "trainer.epochs=5"), tmp_path / "out", tmp_path / "log"
     with started(torchrun("--max-restarts", "3", recipe=recipe, out=out), log) as process:
         wait_until(lambda: bool(complete_checkpoints(out)), process, log)
         os.kill(rank_pid(process.pid, 1), signal.SIGKILL)
@@ -169,7 +169,7 @@ def test_torchrun_restarts_after_a_killed_rank_and_the_run_equals_the_uninterrup
     assert "Traceback" not in told
     assert "Traceback" in (out / "stacks" / "rank-0.txt").read_text()
     whole = tmp_path / "whole"
-    config = config_of(dataset, "ranking", *SHORT, "trainer.epochs=12")
+    config = config_of(dataset, "ranking", *SHORT, "trainer.epochs=5")
     run_ranks(train_on_ranks, [(config, whole)], world_size=2)
     for split in ("train", "validation", "test"):
         assert lines(out, split) == lines(whole, split)
