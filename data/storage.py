@@ -165,11 +165,11 @@ class StoredFile:
         return self._storage.patiently(lambda: self._read(begin, length), f"{self.name}{what}")
 
     def _read(self, begin: int, length: int) -> pa.Buffer:
-        # Not `read_buffer` after a seek: threads share the file.
-        data = self._file.read_at(length, begin)
+        # Not `read_buffer` after a seek: threads share the file. Not `read_at`, which copies into memory of Python.
+        data = self._file.get_stream(begin, length).read_buffer(length)
         if len(data) != length:
             raise EOFError(f"the file ends at byte {begin + len(data)}, and had {self.size} when it was opened")
-        return pa.py_buffer(data)
+        return data
 
 
 def load_dataset(path: str, *, retry_seconds: float = RETRY_SECONDS) -> DatasetInfo:
