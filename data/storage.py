@@ -68,6 +68,15 @@ class Storage:
         """
         return StoredFile(self, relative)
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of each file of a folder, by its path in the dataset; empty if there is no such folder.
+
+        Raises UserError if the store refuses, StorageError if it stays silent.
+        """
+        selector = fs.FileSelector(f"{self._base}/{folder}", allow_not_found=True)
+        found = self.patiently(lambda: self._files.get_file_info(selector), self.name_of(folder))
+        return {f"{folder}/{each.base_name}": each.size for each in found if each.is_file}
+
     def close(self) -> None:
         """Wake whoever waits for the store, and give up."""
         self._patience.end()
