@@ -1,4 +1,4 @@
-"""A prepared dataset in words and as a picture, from its dataset.json, the counts of its items and the sizes of files."""
+"""A prepared dataset in words and as a picture, from its dataset.json, its counts of items and the sizes of files."""
 
 from __future__ import annotations
 
