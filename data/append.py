@@ -115,9 +115,7 @@ def _check_files(info: DatasetInfo) -> None:
     """Raises UserError for a history file that is missing or cut off, before anything is read into the result."""
     for file in info.files:
         path = info.locate(file.path)
-        held = path.stat().st_size if path.is_file() else None
-        if held != file.bytes:
-            found = "is missing" if held is None else f"has {held:,} bytes, but dataset.json says {file.bytes:,}"
+        if found := file.damage(path.stat().st_size if path.is_file() else None):
             raise UserError(f"--append: {path} {found}; restore it, or prepare all logs together; nothing was changed")
 
 

@@ -19,14 +19,13 @@ import pyarrow.parquet as pq
 from .config import DataConfig
 from .deal import NO_LOADS
 from .loader import Loader
+from .preparation.writing import HistoryWriter
 from .reader import EVENT_COLUMNS
 from .samples import NextItemSampler
 from .schema import (
-    HISTORIES_FOLDER,
     ITEMS_FILE,
     Counts,
     DatasetInfo,
-    HistoryFile,
     Roles,
     Split,
     Vocabulary,
@@ -202,23 +201,15 @@ def _memory(name: str) -> int:
 def write_histories(root: Path, *, mean_events: int, row_groups: int, seed: int = 0) -> None:
     """A prepared dataset of log-normal lengths, Zipf items and rising times, as `prepare` writes them."""
     random = np.random.default_rng(seed)
-    path = root / HISTORIES_FOLDER / "part-00000.parquet"
-    path.parent.mkdir(parents=True)
-    tables = (_row_group(random, mean_events) for _ in range(row_groups))
-    first = next(tables)
+    root.mkdir()
+    writer = HistoryWriter(root)
     rows = events = 0
-    with pq.ParquetWriter(path, first.schema, compression="zstd", write_page_checksum=True) as writer:
-        for table in (first, *tables):
-            writer.write_table(table)
-            rows, events = rows + table.num_rows, events + _num_events(table)
+    for _ in range(row_groups):
+        table = _row_group(random, mean_events)
+        writer.write(table)
+        rows, events = rows + table.num_rows, events + _num_events(table)
+    writer.close()
     pq.write_table(pa.table({"id": [1], "item_id": [1], "count": [1]}), root / ITEMS_FILE)
-    file = HistoryFile(
-        path=f"{HISTORIES_FOLDER}/{path.name}",
-        rows=rows,
-        row_groups=row_groups,
-        bytes=path.stat().st_size,
-        sha256=file_sha256(path),
-    )
     DatasetInfo(
         root=root,
         roles=Roles(user="user_id", item="item_id", time="timestamp"),
@@ -234,7 +225,7 @@ def write_histories(root: Path, *, mean_events: int, row_groups: int, seed: int 
             unknown_item_events=0,
         ),
         split=Split(kind="none"),
-        files=(file,),
+        files=tuple(writer.files),
         sources=(),
         created_by="ultrarec bench loader",
     ).write()

@@ -85,8 +85,9 @@ class DataConfig(BaseModel):
     evaluate_rows: int = Field(default=1024, gt=0)
     """Samples per evaluation batch over all ranks together."""
     balance_for: int = Field(default=1, gt=0)
-    """With `batch_rows`: ranks among which steps of few samples are to be dealt evenly. Samples dearer than the mean
-    then come in groups of so many of like cost, one for each rank. Any number of ranks reads the same steps."""
+    """Ranks among which steps of few samples are to be dealt evenly. Samples dearer than half the mean then come in
+    groups of so many of like cost, one for each rank, and steps hold whole groups: `batch_rows` should be a multiple of
+    it, `batch_tokens` and `batch_cost` have room for some groups. Any number of ranks reads the same steps."""
     seed: int = Field(default=0, ge=0)
     """Seed of the order of rows and of the sampled negatives."""
     shuffle_row_groups: int = Field(default=16, gt=0)
@@ -112,10 +113,5 @@ class DataConfig(BaseModel):
             raise ValueError(
                 ", ".join(f"data.{name}={size}" for name, size in sizes.items())
                 + ": exactly one of them sizes a step; set one and remove the others (--set data.NAME= removes one)"
-            )
-        if self.balance_for > 1 and self.batch_rows is None:
-            raise ValueError(
-                f"data.balance_for={self.balance_for} arranges steps of equally many samples, and data.batch_rows is "
-                "not set; set it, or remove data.balance_for"
             )
         return self

@@ -1,4 +1,4 @@
-"""A prepared dataset in words and as a picture, from its dataset.json and the counts of its items."""
+"""A prepared dataset in words and as a picture, from its dataset.json, its counts of items and the sizes of files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from .errors import UserError, counted
 from .items import read_items
-from .schema import DatasetInfo, HistoryFile, Lengths, Split
+from .schema import HISTORIES_FOLDER, DatasetInfo, HistoryFile, Lengths, Split
 from .storage import Storage
 
 BAR = 40  # characters of the longest bar
@@ -19,7 +19,7 @@ TOP_ITEMS = (0.001, 0.01, 0.1)
 def describe(info: DatasetInfo, storage: Storage) -> list[str]:
     """Lines for a terminal; `storage` is where the dataset lies.
 
-    Raises UserError if items.parquet is missing or damaged.
+    Raises UserError if items.parquet is missing or damaged, and if a store refuses to list its files.
     """
     counts = info.counts
     lines = [
@@ -40,7 +40,13 @@ def describe(info: DatasetInfo, storage: Storage) -> list[str]:
         )
     if info.minimums is not None and (info.minimums.user_events or info.minimums.item_events):
         lines.append(f"  minimums     {info.minimums.user_events} per user, {info.minimums.item_events} per item")
-    return [*lines, *_columns(info), *_vocabularies(info, storage), *_files(info.files), *_lengths(info.lengths)]
+    return [
+        *lines,
+        *_columns(info),
+        *_vocabularies(info, storage),
+        *_files(info.files, storage),
+        *_lengths(info.lengths),
+    ]
 
 
 def draw(info: DatasetInfo, picture: Path) -> None:
@@ -99,12 +105,22 @@ def _vocabularies(info: DatasetInfo, storage: Storage) -> list[str]:
     return [*lines, f"  skew         of the training events, {', '.join(shares)} of items"]
 
 
-def _files(files: tuple[HistoryFile, ...]) -> list[str]:
+def _files(files: tuple[HistoryFile, ...], storage: Storage) -> list[str]:
     groups = sum(file.row_groups for file in files)
     line = f"  files        {counted(len(files), 'file')}, {sum(file.bytes for file in files) / 1e6:,.1f} MB"
     events = list(itertools.chain.from_iterable(file.group_events for file in files))
     most = f" of up to {max(events):,} events" if events else ""
-    return [f"{line}, {counted(groups, 'row group')}{most}"]
+    return [f"{line}, {counted(groups, 'row group')}{most}", *_damage(files, storage)]
+
+
+def _damage(files: tuple[HistoryFile, ...], storage: Storage) -> list[str]:
+    """A line if files are missing or cut off, which their sizes tell without reading them."""
+    held = storage.sizes(HISTORIES_FOLDER)
+    found = [f"{file.path} {problem}" for file in files if (problem := file.damage(held.get(file.path)))]
+    if not found:
+        return []
+    others = f", and so on: {len(found)} of {counted(len(files), 'file')}" if len(found) > 1 else ""
+    return [f"  DAMAGED      {found[0]}{others}; restore what is damaged, or prepare the dataset again"]
 
 
 def _lengths(lengths: Lengths | None) -> list[str]:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from .cost import UNITS_PER_TOKEN, CostModel
 from .samples import Integers, Numbers, RowCounts, Sampler, Slices, Split
-from .spread import gather, spread
+from .spread import in_groups, spread
 from .stochastic_length import StochasticLength
 
 _ROW_GROUPS, _SAMPLES = 0, 1
@@ -93,26 +93,33 @@ class StepSize:
     most: float
     """Samples; or events together; or cost together, in tokens."""
 
-    def ends(self, sizes: Integers, *, is_last: bool) -> list[int]:
-        """Where steps end in a run of samples; a step that samples after the run might extend is left out."""
+    def ends(self, sizes: Integers, *, is_last: bool, first: int = 0, unit: int = 1) -> list[int]:
+        """Where steps end in a run of samples; a step that samples after the run might extend is left out.
+
+        Args:
+            first: number in the epoch of the run's first sample.
+            unit: steps that are not sized by rows end at multiples of so many samples in the epoch, where they have
+                room for as many.
+        """
         if self.measure == "rows":
             ends = list(range(int(self.most), len(sizes) + 1, int(self.most)))
         else:
             most = self.most * (UNITS_PER_TOKEN if self.measure == "cost" else 1)
-            ends = _full_ends(np.cumsum(sizes), int(most))
+            ends = _full_ends(np.cumsum(sizes), int(most), first, unit)
         rest = len(sizes) - (ends[-1] if ends else 0)
         return [*ends, len(sizes)] if is_last and rest else ends
 
 
-def _full_ends(total_sizes: Integers, budget: int) -> list[int]:
+def _full_ends(total_sizes: Integers, budget: int, first: int, unit: int) -> list[int]:
     """Ends of the steps, each as long as the budget allows, that are followed by at least one sample."""
     ends: list[int] = []
     begin, used = 0, 0
-    while begin < len(total_sizes):
-        begin = max(int(np.searchsorted(total_sizes, used + budget, side="right")), begin + 1)
+    while (end := max(int(np.searchsorted(total_sizes, used + budget, side="right")), begin + 1)) < len(total_sizes):
+        whole = (first + end) // unit * unit - first
+        begin = whole if whole > begin else end
         used = int(total_sizes[begin - 1])
         ends.append(begin)
-    return ends[:-1]
+    return ends
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ class Order:
     groups_per_window: int
     seed: int
     balance_for: int = 1
-    """Ranks among which even a step of few samples is to be dealt evenly (see `gather`)."""
+    """Ranks among which even a step of few samples is to be dealt evenly (see `in_groups`)."""
 
     @cached_property
     def num_samples(self) -> int:
@@ -175,11 +182,13 @@ class Order:
         ends = np.cumsum([self.group_samples[groups].sum() for groups in windows])
         first = int(np.searchsorted(ends, consumed, side="right"))
         skipped = consumed - (int(ends[first - 1]) if first else 0)
+        unit = self.balance_for if self.shuffle else 1
         pending, pending_sizes = _NO_SAMPLES, np.zeros(0, np.int64)
         for number in range(first, len(windows)):
-            window = self._window(epoch, number, windows[number])
+            window = self._window(epoch, number, windows[number], int(ends[number - 1]) if number else 0)
             sizes = np.concatenate([pending_sizes, window.sizes[skipped:]])
-            ends_of_steps = self.step_size.ends(sizes, is_last=number == len(windows) - 1)
+            is_last = number == len(windows) - 1
+            ends_of_steps = self.step_size.ends(sizes, is_last=is_last, first=consumed, unit=unit)
             # In the window's own numbers; what is pending stands before it, at the numbers below `skipped`.
             shift = skipped - len(pending)
             for begin, end in itertools.pairwise([0, *ends_of_steps]):
@@ -236,8 +245,8 @@ class Order:
         )
         return replace(samples, slices=slices, costs=self.cost_model.units(slices.kept, targets))
 
-    def _window(self, epoch: int, number: int, groups: Integers) -> _Window:
-        """The rows of a window, and the sequence of all their samples."""
+    def _window(self, epoch: int, number: int, groups: Integers, first: int) -> _Window:
+        """The rows of a window, and the sequence of all their samples, of which `first` in the epoch come before."""
         num_rows = self.group_begin[groups + 1] - self.group_begin[groups]
         counts = self.counts_of(groups)
         num_samples = self.sampler.num_samples(counts, self.split)
@@ -249,8 +258,9 @@ class Order:
         ]
         index, numbers, tokens, costs, positions = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         if random is not None and self.balance_for > 1:
-            positions = gather(positions, costs, self.balance_for, random)
-        order = np.argsort(positions, kind="stable")
+            order = in_groups(positions, costs, self.balance_for, random, first=first)
+        else:
+            order = np.argsort(positions, kind="stable")
         until = np.concatenate([[0], np.cumsum(costs)])
         sizes = {"rows": np.ones_like(costs), "tokens": tokens, "cost": costs}[self.step_size.measure]
         return _Window(

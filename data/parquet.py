@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import first_line
+from .flat import is_flat, read_flat
 from .storage import MissingFileError, Storage, StoredFile
 
 _TAIL = 1 << 16
@@ -40,6 +41,40 @@ class ParquetFile:
         except (OSError, EOFError, pa.ArrowException) as error:
             raise Damaged(f"not a whole Parquet file ({first_line(error)})") from error
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        return self._file.size
+
+    def read_values(self, group: int, columns: Sequence[str], num_values: int) -> dict[str, pa.ChunkedArray]:
+        """The values of lists, row after row; of those of the columns that can be read without their levels (`flat`).
+
+        Left out is also what is damaged: `read` says how.
+
+        Args:
+            num_values: of each column; another number is left out as well.
+        """
+        values: dict[str, pa.ChunkedArray] = {}
+        types = {name: self.schema.field(name).type for name in columns}
+        chunks = [
+            (name, chunk)
+            for name, chunk in self._chunks(group, columns)
+            if pa.types.is_list(types[name]) and is_flat(chunk, types[name].value_type, num_values)
+        ]
+        for begin, end, stretch in _stretches(chunks):
+            names = [name for name, _ in stretch]
+            value_types = [types[name].value_type for name in names]
+            # From the byte before, as a dictionary at place 0 would be taken for none.
+            first = begin - 1
+            try:
+                data = self._file.read(first, end - first, f", row group {group}")
+                found = read_flat(data, [chunk for _, chunk in stretch], value_types, begin=first)
+            except (OSError, EOFError, pa.ArrowException):
+                continue
+            if found is not None:
+                values.update(zip(names, found, strict=True))
+        return values
+
     def read(self, group: int, columns: Sequence[str]) -> pa.Table:
         """These columns of a row group. Raises Damaged, with the column, if one cannot be decoded."""
         try:
@@ -53,7 +88,8 @@ class ParquetFile:
 
     def _decode(self, group: int, columns: Sequence[str]) -> pa.Table:
         try:
-            source = _Fetched(self._file, self._ranges(group, columns), f", row group {group}")
+            ranges = [(begin, end) for begin, end, _ in _stretches(self._chunks(group, columns))]
+            source = _Fetched(self._file, ranges, f", row group {group}")
             with pq.ParquetFile(
                 pa.PythonFile(source, mode="r"),
                 metadata=self.metadata,
@@ -64,20 +100,30 @@ class ParquetFile:
         except (OSError, EOFError, pa.ArrowException) as error:
             raise Damaged(first_line(error)) from error
 
-    def _ranges(self, group: int, columns: Sequence[str]) -> list[tuple[int, int]]:
-        """[begin, end) of the bytes of these columns, neighbours joined."""
-        wanted, chunks = set(columns), self.metadata.row_group(group)
-        ranges: list[tuple[int, int]] = []
-        for begin, end in sorted(
-            _bytes_of(chunks.column(k))
-            for k in range(chunks.num_columns)
-            if chunks.column(k).path_in_schema.partition(".")[0] in wanted
-        ):
-            if ranges and begin - ranges[-1][1] <= _SMALL_GAP:
-                ranges[-1] = (ranges[-1][0], max(end, ranges[-1][1]))
-            else:
-                ranges.append((begin, end))
-        return ranges
+    def _chunks(self, group: int, columns: Sequence[str]) -> list[_Chunk]:
+        """What stores these columns."""
+        wanted, found = set(columns), self.metadata.row_group(group)
+        chunks = [found.column(number) for number in range(found.num_columns)]
+        named = [(chunk.path_in_schema.partition(".")[0], chunk) for chunk in chunks]
+        return [(name, chunk) for name, chunk in named if name in wanted]
+
+
+_Chunk = tuple[str, pq.ColumnChunkMetaData]
+"""With the name of the column."""
+
+
+def _stretches(chunks: Sequence[_Chunk]) -> list[tuple[int, int, list[_Chunk]]]:
+    """[begin, end) of the bytes of these chunks, and which lie there, neighbours joined."""
+    stretches: list[tuple[int, int, list[_Chunk]]] = []
+    for (begin, end), name, chunk in sorted(
+        ((_bytes_of(chunk), name, chunk) for name, chunk in chunks), key=lambda each: each[0]
+    ):
+        if stretches and begin - stretches[-1][1] <= _SMALL_GAP:
+            first, last, joined = stretches[-1]
+            stretches[-1] = (first, max(end, last), [*joined, (name, chunk)])
+        else:
+            stretches.append((begin, end, [(name, chunk)]))
+    return stretches
 
 
 def _bytes_of(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:

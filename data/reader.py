@@ -37,6 +37,8 @@ OPEN_FILES = 32
 """Files whose footers stay in memory; windows of row groups touch few at a time."""
 OPENING_THREADS = 16
 """Opening a file waits for the store far more than it computes."""
+KEPT_COUNTS = 64
+"""Row groups whose counts stay in memory from the planning of a window to the decoding of its row groups."""
 _PORTION = 1024
 _BROKEN = -1
 
@@ -95,6 +97,8 @@ class Reader:
         self._numbers = tuple(numbers)
         self._fails = bad_data == "error"
         self._open = lru_cache(maxsize=OPEN_FILES)(self._open_file)
+        self._planned: dict[int, RowCounts] = {}
+        """Counts of the row groups that were asked for last."""
         self.faults: list[Fault] = []
         """What opening the dataset found damaged."""
         check_features(column_types(info, features, user_id=None), info, features)
@@ -147,24 +151,41 @@ class Reader:
                     "samples follows from it: restore the file and start again to continue"
                 )
             parts.append(counts)
+            self._keep(group, counts)
         return RowCounts(*(np.concatenate([getattr(part, name) for part in parts]) for name in COUNT_COLUMNS))
 
     def read(self, group: int) -> Histories:
         """The rows of a row group."""
         first, num_rows = int(self.group_begin[group]), self._num_rows(group)
-        columns = list(dict.fromkeys([*EVENT_COLUMNS, *self._features, *self._numbers, "num_events"]))
         try:
-            table = self._file_of(group).read(int(self._group[group]), columns)
+            return self._decode(group, first, self._read_values(group))
         except Damaged as damaged:
             fault = self._fault(group, damaged.problem, column=damaged.column, num_rows=num_rows)
             self._refuse(fault)
             return Histories(first, np.zeros(num_rows + 1, np.int64), {}, {}, {-1: fault})
-        return self._decode(group, first, table)
 
-    def _decode(self, group: int, first: int, table: pa.Table) -> Histories:
+    def _read_values(self, group: int) -> dict[str, pa.Array]:
+        """The values of those lists of events that need not be looked at as lists.
+
+        That each list is as long as `num_events` says is then known from the file being the one that was written.
+        """
+        file, declared = self._file_of(group), self._info.files[self._file[group]]
+        if file.num_bytes != declared.bytes:
+            return {}
+        num_events = int(self._num_events(group).sum())
+        features = [name for name, feature in self._features.items() if feature.role != "user"]
+        columns = list(dict.fromkeys([*EVENT_COLUMNS, *features, *self._numbers]))
+        values = file.read_values(int(self._group[group]), columns, num_events)
+        return {name: _whole(column) for name, column in values.items()}
+
+    def _decode(self, group: int, first: int, values: dict[str, pa.Array]) -> Histories:
+        """The row group, of which these values of lists are at hand."""
+        table = self._read_rest(group, values)
         lists = [name for name in table.column_names if pa.types.is_list(table.schema.field(name).type)]
-        num_events = _values(_whole(table["num_events"])).astype(np.int64)
+        num_events = self._num_events(group) if values else _values(_whole(table["num_events"])).astype(np.int64)
         found = misfits({name: _whole(table[name]) for name in lists}, num_events, required=EVENT_COLUMNS)
+        if found and values:
+            return self._decode(group, first, {})
         if found:
             # The lists of the other rows must lie one after the other in all columns alike.
             is_fit = np.ones(len(num_events), bool)
@@ -172,7 +193,9 @@ class Reader:
             num_events = np.where(is_fit, num_events, 0)
             table = table.filter(pa.array(is_fit))
         offsets = np.concatenate([[0], np.cumsum(num_events)])
-        events, users = self._columns(table, lists)
+        values = values | {name: _whole(table[name]).flatten() for name in lists}
+        events = self._events(values)
+        users = self._users(table)
         if found:
             users = {name: _at(ids, np.flatnonzero(is_fit), len(is_fit)) for name, ids in users.items()}
         found |= first_faults(events, offsets, num_items=self._info.num_items, known=found)
@@ -183,19 +206,36 @@ class Reader:
             self._refuse(fault)
         return Histories(first, offsets, events, users, faults)
 
-    def _columns(self, table: pa.Table, lists: list[str]) -> tuple[dict[str, Integers], dict[str, Integers]]:
-        events: dict[str, Integers] = {}
-        users: dict[str, Integers] = {}
-        for name in EVENT_COLUMNS:
-            # Out of Arrow's memory, which the next row group is decoded into.
-            events[name] = self._memory.copy(_values(_whole(table[name]).flatten()))
+    def _read_rest(self, group: int, values: Mapping[str, pa.Array]) -> pa.Table:
+        """The columns that are needed beside those of these values."""
+        columns = dict.fromkeys([*EVENT_COLUMNS, *self._features, *self._numbers, *(() if values else ("num_events",))])
+        rest = [name for name in columns if name not in values]
+        return self._file_of(group).read(int(self._group[group]), rest) if rest else pa.table({})
+
+    def _events(self, values: Mapping[str, pa.Array]) -> dict[str, Integers]:
+        """From the values of lists, by column."""
+        # Out of Arrow's memory, which the next row group is decoded into.
+        events = {name: self._memory.copy(_values(values[name])) for name in EVENT_COLUMNS}
         for name, feature in self._features.items():
-            column = _whole(table[name])
-            ids = encode(feature, *_numbers(column.flatten() if name in lists else column))
-            (users if feature.role == "user" else events)[name] = self._memory.copy(ids)
+            if feature.role != "user":
+                events[name] = self._memory.copy(encode(feature, *_numbers(values[name])))
         for name in self._numbers:
-            events[number_key(name)] = self._memory.copy(number_bits(*_numbers(_whole(table[name]).flatten())))
-        return events, users
+            events[number_key(name)] = self._memory.copy(number_bits(*_numbers(values[name])))
+        return events
+
+    def _users(self, table: pa.Table) -> dict[str, Integers]:
+        features = {name: feature for name, feature in self._features.items() if feature.role == "user"}
+        return {name: encode(feature, *_numbers(_whole(table[name]))) for name, feature in features.items()}
+
+    def _num_events(self, group: int) -> Integers:
+        counts = self._planned.get(group)
+        return (self._counts(group)[0] if counts is None else counts).num_events.astype(np.int64)
+
+    def _keep(self, group: int, counts: RowCounts) -> None:
+        self._planned.pop(group, None)
+        self._planned[group] = counts
+        if len(self._planned) > KEPT_COUNTS:
+            del self._planned[next(iter(self._planned))]
 
     def _counts(self, group: int) -> tuple[RowCounts, list[Fault]]:
         """The counts of a row group; zeros for what is damaged."""

@@ -120,6 +120,12 @@ class HistoryFile:
     group_train_events: tuple[int, ...] = ()
     """Events of each row group that are for training."""
 
+    def damage(self, held: int | None) -> str | None:
+        """What is wrong with a file of `held` bytes in this one's place, or with none there; not what they hold."""
+        if held == self.bytes:
+            return None
+        return "is missing" if held is None else f"has {held:,} bytes, but dataset.json says {self.bytes:,}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lengths:

@@ -25,20 +25,31 @@ def spread(costs: Integers, random: np.random.Generator) -> Numbers:
     return position
 
 
-def gather(positions: Numbers, costs: Integers, number: int, random: np.random.Generator) -> Numbers:
-    """[S] the same positions, but samples dearer than the mean in groups of `number` of like cost, each at one place.
+def in_groups(positions: Numbers, costs: Integers, number: int, random: np.random.Generator, *, first: int) -> Integers:
+    """[S] the samples in the order of their positions, but those dearer than half the mean in groups of like cost.
 
     With 8 samples for each of 8 ranks no way of dealing makes up for 17 long ones: one rank gets three. So they come in
     eights. Of each group, every one is from another part of the dataset, S in its order cut in `number`, as ranks
     are dealt neighbours.
+
+    Args:
+        number: of samples in a group.
+        first: how many samples of the epoch are before these. Groups begin at multiples of `number` in the epoch, and
+            between them the others fill as many places: a step that ends at a multiple cuts none in two.
     """
-    dear = np.flatnonzero(costs * len(costs) > costs.sum())
-    points = _scrambled(-(-len(dear) // number), random)
-    gathered = positions.copy()
-    for part in np.array_split(dear, number):
-        by_cost = part[np.lexsort((random.random(len(part)), -costs[part]))]
-        gathered[by_cost] = points[: len(part)]
-    return gathered
+    dear = np.flatnonzero(2 * costs * len(costs) > costs.sum())
+    many = len(dear) // number
+    parts = [part[np.lexsort((random.random(len(part)), -costs[part]))] for part in np.array_split(dear, number)]
+    groups = np.stack([part[:many] for part in parts], axis=1)
+    is_grouped = np.zeros(len(costs), bool)
+    is_grouped[groups] = True
+    others = np.argsort(np.where(is_grouped, np.inf, positions), kind="stable")[: len(costs) - groups.size]
+    head, others = np.split(others, [-first % number])
+    others, tail = np.split(others, [len(others) // number * number])
+    others = others.reshape(-1, number)
+    places = np.concatenate([_scrambled(many, random), positions[others[:, number // 2]]])
+    rows = np.concatenate([groups, others])[np.argsort(places, kind="stable")]
+    return np.concatenate([head, rows.ravel(), tail])
 
 
 def _scrambled(number: int, random: np.random.Generator) -> Numbers:

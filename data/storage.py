@@ -68,6 +68,15 @@ class Storage:
         """
         return StoredFile(self, relative)
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of each file of a folder, by its path in the dataset; empty if there is no such folder.
+
+        Raises UserError if the store refuses, StorageError if it stays silent.
+        """
+        selector = fs.FileSelector(f"{self._base}/{folder}", allow_not_found=True)
+        found = self.patiently(lambda: self._files.get_file_info(selector), self.name_of(folder))
+        return {f"{folder}/{each.base_name}": each.size for each in found if each.is_file}
+
     def close(self) -> None:
         """Wake whoever waits for the store, and give up."""
         self._patience.end()
@@ -165,11 +174,11 @@ class StoredFile:
         return self._storage.patiently(lambda: self._read(begin, length), f"{self.name}{what}")
 
     def _read(self, begin: int, length: int) -> pa.Buffer:
-        # Not `read_buffer` after a seek: threads share the file.
-        data = self._file.read_at(length, begin)
+        # Not `read_buffer` after a seek: threads share the file. Not `read_at`, which copies into memory of Python.
+        data = self._file.get_stream(begin, length).read_buffer(length)
         if len(data) != length:
             raise EOFError(f"the file ends at byte {begin + len(data)}, and had {self.size} when it was opened")
-        return pa.py_buffer(data)
+        return data
 
 
 def load_dataset(path: str, *, retry_seconds: float = RETRY_SECONDS) -> DatasetInfo:

@@ -72,7 +72,7 @@ def write_dataset(
     for index, (begin, end) in enumerate(itertools.pairwise(bounds)):
         path = root / HISTORIES_FOLDER / f"part-{index:05}.parquet"
         rows = histories.slice(begin, end - begin)
-        pq.write_table(rows, path, row_group_size=rows_per_group, write_page_checksum=True)
+        pq.write_table(rows, path, row_group_size=rows_per_group, write_page_checksum=True, data_page_version="2.0")
         groups = [rows.slice(first, rows_per_group) for first in range(0, rows.num_rows, rows_per_group)]
         files.append(
             HistoryFile(

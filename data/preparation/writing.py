@@ -55,9 +55,7 @@ class HistoryWriter:
         """Append one row group."""
         if self._open is None:
             path = f"{HISTORIES_FOLDER}/part-{self._number:05d}.parquet"
-            # The checksums of pages tell a reader of some columns that these are whole, that of the file cannot.
-            writer = pq.ParquetWriter(self._root / path, histories.schema, compression="zstd", write_page_checksum=True)
-            self._open = _OpenFile(path, writer)
+            self._open = _OpenFile(path, _writer(self._root / path, histories.schema))
             self._number += 1
         self._open.writer.write_table(histories, row_group_size=histories.num_rows)
         self._open.rows.append(histories.num_rows)
@@ -85,6 +83,12 @@ class HistoryWriter:
                 group_train_events=tuple(done.train_events),
             )
         )
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    # The checksums of pages tell a reader of some columns that these are whole, that of the file cannot. Pages of
+    # version 2 are decoded a third faster (`flat`).
+    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True, data_page_version="2.0")
 
 
 @dataclass(frozen=True)

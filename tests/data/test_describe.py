@@ -90,6 +90,27 @@ def test_a_dataset_of_version_1_is_described_without_its_lengths(info, tmp_path,
     assert "was prepared before datasets held their lengths; prepare it again" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("size", "problem"), [(None, "is missing"), (100, "has 100 bytes, but dataset.json says ")])
+def test_history_files_that_are_missing_or_cut_off_are_told_in_a_line(info, size, problem, capsys):
+    assert main(["data", "describe", str(info.root)]) == 0
+    assert "DAMAGED" not in capsys.readouterr().out
+    path = info.history_paths[0]
+    if size is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:size])
+    assert main(["data", "describe", str(info.root)]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "DAMAGED" in line]
+    assert f"histories/part-00000.parquet {problem}" in line
+    assert line.endswith("; restore what is damaged, or prepare the dataset again")
+
+
+def test_a_dataset_that_lost_all_its_history_files_is_still_described(info, capsys):
+    shutil.rmtree(info.root / "histories")
+    assert main(["data", "describe", str(info.root)]) == 0
+    assert "DAMAGED      histories/part-00000.parquet is missing; restore" in capsys.readouterr().out
+
+
 def test_a_missing_vocabulary_is_named(info, capsys):
     info.locate("items.parquet").unlink()
     assert main(["data", "describe", str(info.root)]) == 2

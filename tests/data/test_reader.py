@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from random_datasets import random_histories, write_dataset
@@ -9,7 +10,8 @@ from random_datasets import random_histories, write_dataset
 from ultrarec.data.config import FeatureConfig
 from ultrarec.data.errors import UserError
 from ultrarec.data.memory import Memory
-from ultrarec.data.reader import Reader
+from ultrarec.data.parquet import ParquetFile
+from ultrarec.data.reader import COUNT_COLUMNS, Reader
 from ultrarec.data.samples import RankingSampler
 from ultrarec.data.schema import DatasetInfo
 from ultrarec.data.storage import Storage
@@ -159,6 +161,50 @@ def test_lists_that_disagree_with_the_number_of_events_are_an_error(info):
     with pytest.raises(
         UserError, match=r"row group 0, row \d, column actions: \d+ values, but \d+ events in num_events"
     ):
+        reader(info).read(0)
+
+
+def without_empty(histories):
+    return histories.filter(pc.greater(histories["num_events"], 0))
+
+
+def test_row_groups_are_read_without_looking_for_where_their_lists_begin(histories, tmp_path, monkeypatch):
+    written = write_dataset(tmp_path / "new", without_empty(histories), num_items=20, rows_per_group=6)
+    older = write_dataset(tmp_path / "old", without_empty(histories), num_items=20, rows_per_group=6)
+    rewrite(older, lambda table: table)  # in pages of version 1
+    decoded, read = [], ParquetFile.read
+
+    def reading(file, group, columns):
+        decoded.extend(columns)
+        return read(file, group, columns)
+
+    monkeypatch.setattr(ParquetFile, "read", reading)
+    numbers = ("tab", "play_time")
+    ways = [reader(info, FEATURES, numbers=numbers) for info in (written, older)]
+    for group in range(len(ways[0].group_begin) - 1):
+        decoded.clear()
+        new = ways[0].read(group)
+        # Those with nulls, or one value per user, are.
+        assert {"play_time", "age", "user_id"} <= set(decoded) <= {"play_time", "age", "user_id", *COUNT_COLUMNS}
+        old = ways[1].read(group)
+        assert set(decoded) >= {"items", "timestamps", "actions", "tab"}
+        assert new.offsets.tolist() == old.offsets.tolist()
+        for now, before in ((new.events, old.events), (new.users, old.users)):
+            assert {name: ids.tolist() for name, ids in now.items()} == {
+                name: ids.tolist() for name, ids in before.items()
+            }
+
+
+def test_the_lists_of_a_file_that_is_not_the_one_that_was_prepared_are_looked_at(histories, tmp_path):
+    info = write_dataset(tmp_path / "dataset", without_empty(histories), num_items=20, rows_per_group=60)
+    path = info.history_paths[0]
+    table = pq.read_table(path)
+    lists = table["actions"].to_pylist()
+    row = next(row for row, values in enumerate(lists) if len(values) > 1)
+    lists[row], lists[row + 1] = lists[row][:-1], [*lists[row][-1:], *lists[row + 1]]
+    table = table.set_column(table.schema.get_field_index("actions"), "actions", pa.array(lists))
+    pq.write_table(table.replace_schema_metadata({"by": "hand"}), path, data_page_version="2.0")
+    with pytest.raises(UserError, match=rf"row group 0, row {row}, column actions: \d+ values, but \d+ events in"):
         reader(info).read(0)
 
 

@@ -17,6 +17,7 @@ from ultrarec.data.config import DataConfig
 from ultrarec.data.errors import StorageError, UserError
 from ultrarec.data.loader import Loader, RankingSampler
 from ultrarec.data.storage import Storage, load_dataset
+from ultrarec.launch.cli import main
 
 HISTORY = "part-00001.parquet"
 
@@ -235,3 +236,15 @@ def test_a_dataset_that_is_not_there_is_named_without_the_credentials(uri):
 def test_an_unknown_kind_of_store_is_named():
     with pytest.raises(UserError, match=r"data\.path=ftp://host/data cannot be opened .* s3://, gs://, hdfs://"):
         Storage("ftp://host/data")
+
+
+def test_describing_a_dataset_in_a_store_tells_which_history_file_is_missing(own_server, capsys):
+    moto, path = own_server
+    host, port = moto.get_host_and_port()
+    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", **keys)
+    assert main(["data", "describe", path]) == 0
+    assert "DAMAGED" not in capsys.readouterr().out
+    client.delete_object(Bucket="logs", Key=f"prepared/histories/{HISTORY}")
+    assert main(["data", "describe", path]) == 0
+    assert f"DAMAGED      histories/{HISTORY} is missing; restore" in capsys.readouterr().out
