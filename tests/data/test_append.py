@@ -215,6 +215,48 @@ def test_a_damaged_history_file_is_named_and_nothing_is_appended(tmp_path, size,
     refuses(tmp_path / "out", f"part-00000.parquet {found}", new)
 
 
+def flip_a_bit(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def values_begin(path, name):
+    """Where the values of a column of the first row group stand, behind their page's header."""
+    chunks = pq.read_metadata(path).row_group(0)
+    chunk = next(chunks.column(k) for k in range(chunks.num_columns) if chunks.column(k).path_in_schema == name)
+    return (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 8
+
+
+@pytest.mark.parametrize("column", ["user_id", "item_id", "count", "footer of the histories", "footer of the items"])
+def test_no_flipped_bit_of_the_old_files_reaches_the_new_ones(tmp_path, column):
+    old, new = two_logs(tmp_path)
+    info = prepare_log(tmp_path / "out", old)
+    path = info.history_paths[0] if column in ("user_id", "footer of the histories") else info.root / "items.parquet"
+    flip_a_bit(path, -20 if column.startswith("footer") else values_begin(path, column))
+    refuses(tmp_path / "out", f"{path} is damaged: its SHA-256 is not the one in dataset.json; restore it", new)
+
+
+@pytest.mark.parametrize(("size", "found"), [(None, "is missing"), (100, "is damaged")])
+def test_damaged_items_are_named_and_nothing_is_appended(tmp_path, size, found):
+    old, new = two_logs(tmp_path)
+    path = prepare_log(tmp_path / "out", old).root / "items.parquet"
+    if size is None:
+        path.unlink()
+    else:
+        os.truncate(path, size)
+    refuses(tmp_path / "out", f"items.parquet {found}", new)
+
+
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path):
+    old, new = two_logs(tmp_path)
+    path = prepare_log(tmp_path / "out", old).root / "items.parquet"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"items.parquet cannot be read \(Is a directory\); restore it"):
+        append(tmp_path / "out", (new,))
+
+
 def test_one_process_appends_at_a_time(tmp_path):
     old, new = two_logs(tmp_path)
     prepare_log(tmp_path / "out", old)
