@@ -121,7 +121,9 @@ def _check_files(info: DatasetInfo, report: Callable[[str], None]) -> None:
     for file in (*info.files, *info.vocabularies.values()):
         path = info.locate(file.path)
         if problem := _problem(path, file):
-            raise UserError(f"--append: {path} {problem}; restore it, or prepare all logs together; nothing was changed")
+            raise UserError(
+                f"--append: {path} {problem}; restore it, or prepare all logs together; nothing was changed"
+            )
 
 
 def _problem(path: Path, file: HistoryFile | Vocabulary) -> str | None:
