@@ -29,13 +29,14 @@ COLUMNS = {"actions": ("click",), "columns": ("word",)}
 
 def random_log(num_rows, *, seed, users, items, times):
     rng = np.random.default_rng(seed)
+    of_rows = rng.integers(*users, num_rows)
     return {
-        "user": rng.integers(*users, num_rows),
+        "user": of_rows,
         "item": [f"item {k}" for k in rng.integers(*items, num_rows).tolist()],
         "time": rng.integers(*times, num_rows),
         "click": rng.random(num_rows) < 0.5,
         "word": pa.array(rng.choice(["a", "b"], num_rows), mask=rng.random(num_rows) < 0.2),
-        "level": rng.integers(0, 10**6, num_rows),
+        "level": pa.array(of_rows * 7, mask=of_rows % 5 == 0),
     }
 
 
@@ -116,6 +117,44 @@ def test_appending_twice_equals_preparing_all_logs_together(tmp_path, small_file
     assert now[: len(before)] == before
     assert len(now) > len(before)
     assert (info.counts.unknown_item_events > 0) == ("time" in split)
+
+
+@pytest.mark.parametrize(
+    ("time", "level", "change"),
+    [
+        (60, [3, 4], "from 3 to 4"),
+        (60, [4, 4], "from 8 to 4"),
+        (-1, [4, 4], "from 4 to 8"),
+        (60, [None] * 2, "from 8 to None"),
+    ],
+)
+def test_a_user_column_does_not_change_by_newer_training_events(tmp_path, time, level, change):
+    old = {"user": [1, 1, 2], "item": [1, 1, 1], "time": [0, 1, 1], "level": [8, 8, 9]}
+    new = {
+        "user": [5, 5] if level == [3, 4] else [1, 1],
+        "item": [1, 1],
+        "time": [time, time],
+        "level": pa.array(level, pa.int64()),
+    }
+    prepare(
+        PrepareOptions(
+            logs=(write_log(tmp_path / "old.parquet", old),), out=tmp_path / "out", user_columns=("level",), **ROLES
+        )
+    )
+    refuses(
+        tmp_path / "out",
+        f"'level' changes {change} among the training events",
+        write_log(tmp_path / "new.parquet", new),
+    )
+
+
+def test_newer_events_of_the_test_period_may_have_another_value_in_a_user_column(tmp_path):
+    old = {"user": [1, 1, 3], "item": [1, 1, 1], "time": [0, 100, 100], "level": [8, 6, 6]}
+    new = {"user": [1, 2, 3], "item": [1, 1, 1], "time": [100, 100, 0], "level": [7, 9, 5]}
+    logs = [write_log(tmp_path / f"{k}.parquet", log) for k, log in enumerate((old, new))]
+    prepare(PrepareOptions(logs=logs[:1], out=tmp_path / "out", split_time=90, user_columns=("level",), **ROLES))
+    users, _ = content(append(tmp_path / "out", (logs[1],)))
+    assert {user: row["level"] for user, row in users.items()} == {1: 8, 2: None, 3: 5}
 
 
 def two_logs(tmp_path, **changes):
