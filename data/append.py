@@ -17,7 +17,7 @@ from .atomic import full_disk_explained, sync, undisturbed
 from .errors import UserError, counted
 from .locks import is_locked, open_lock
 from .preparation.options import EngineName, PrepareOptions
-from .schema import DATASET_FILE, HISTORIES_FOLDER, DatasetInfo
+from .schema import DATASET_FILE, HISTORIES_FOLDER, DatasetInfo, HistoryFile, Vocabulary, file_sha256
 
 TEMPORARY = "append.tmp-"
 _OURS = re.compile(r"items(-\d+)?\.parquet|part-\d+\.parquet")
@@ -48,7 +48,7 @@ def append(
     with _locked(out), full_disk_explained(out):
         info = DatasetInfo.load(out)
         _check_can_grow(info)
-        _check_files(info)
+        _check_files(info, report)
         options = PrepareOptions(
             logs=logs,
             out=out,
@@ -111,12 +111,33 @@ def _grow(info: DatasetInfo, options: PrepareOptions, report: Callable[[str], No
     return replace(grown, sources=info.sources + log.describe())
 
 
-def _check_files(info: DatasetInfo) -> None:
-    """Raises UserError for a history file that is missing or cut off, before anything is read into the result."""
-    for file in info.files:
+def _check_files(info: DatasetInfo, report: Callable[[str], None]) -> None:
+    """Raises UserError for a file that is not as it was written, before anything is read into the result.
+
+    Whole files, and not what an append reads of them: the checksums of pages do not cover the footers, and new files
+    with checksums of their own would vouch for what came of a damaged one.
+    """
+    report("checking the files of the dataset")
+    for file in (*info.files, *info.vocabularies.values()):
         path = info.locate(file.path)
-        if found := file.damage(path.stat().st_size if path.is_file() else None):
-            raise UserError(f"--append: {path} {found}; restore it, or prepare all logs together; nothing was changed")
+        if problem := _problem(path, file):
+            raise UserError(
+                f"--append: {path} {problem}; restore it, or prepare all logs together; nothing was changed"
+            )
+
+
+def _problem(path: Path, file: HistoryFile | Vocabulary) -> str | None:
+    """How a file differs from what `dataset.json` says of it."""
+    try:
+        if isinstance(file, HistoryFile) and (found := file.damage(path.stat().st_size if path.is_file() else None)):
+            return found
+        if file_sha256(path) != file.sha256:
+            return "is damaged: its SHA-256 is not the one in dataset.json"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
 
 
 def _check_can_grow(info: DatasetInfo) -> None:

@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from .checks import check_features, check_numbers, column_types, first_faults, misfit_column, misfits, type_name
 from .config import FeatureConfig
-from .errors import UserError
+from .errors import UserError, counted
 from .faults import Fault
 from .features import encode, number_bits
 from .memory import Memory
 from .parquet import Damaged, ParquetFile
 from .samples import Integers, RowCounts, Sampler, Split
-from .schema import DatasetInfo
+from .schema import DatasetInfo, HistoryFile
 from .storage import Storage
 
 T = TypeVar("T")
@@ -79,8 +79,8 @@ class Reader:
 
     Raises UserError if the dataset has no column for a feature or one that the feature cannot read, and if a file
     cannot be fetched; if `bad_data` is "error", also for data that is damaged: files that are missing, broken off, or
-    of other columns or numbers of rows than the dataset says, row groups that fail their checksums, rows that break a
-    rule.
+    of other columns, numbers of rows or row groups than the dataset says, row groups that fail their checksums, rows
+    that break a rule.
     """
 
     def __init__(
@@ -290,8 +290,11 @@ class Reader:
             return self._file_fault(file, misfit[1], misfit[0])
         if metadata.num_rows != declared.rows:
             return self._file_fault(file, f"{metadata.num_rows} rows, but dataset.json says {declared.rows}")
+        rows_of_groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        if misfit_groups := _misfit_groups(rows_of_groups, declared):
+            return self._file_fault(file, misfit_groups)
         return _Footer(
-            rows_of_groups=[metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)],
+            rows_of_groups=rows_of_groups,
             user_id=type_name(schema, "user_id") if "user_id" in schema.names else "no such column",
         )
 
@@ -320,6 +323,19 @@ class Reader:
     def _refuse(self, fault: Fault) -> None:
         if self._fails:
             raise fault.error()
+
+
+def _misfit_groups(rows_of_groups: list[int], declared: HistoryFile) -> str | None:
+    """How a file is cut otherwise than when it was prepared.
+
+    The order of samples follows from the row groups: a run that went on with others would lose samples and repeat some.
+    """
+    if len(rows_of_groups) != declared.row_groups:
+        return f"{counted(len(rows_of_groups), 'row group')}, but dataset.json says {declared.row_groups}"
+    for group, (held, stated) in enumerate(zip(rows_of_groups, declared.group_rows, strict=False)):  # none in version 1
+        if held != stated:
+            return f"row group {group} has {counted(held, 'row')}, but dataset.json says {stated}"
+    return None
 
 
 def _in_parallel(work: Callable[[int], T], number: int, verb: str) -> Iterator[T]:

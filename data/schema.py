@@ -40,6 +40,8 @@ MAX_ACTIONS = 63
 BUILT_IN_COLUMNS = ("user_id", "items", "timestamps", "actions", "num_events", "num_train", "num_validation")
 """Columns of every history file; a declared column may not take one of these names."""
 
+_BLOCK = 1 << 20
+
 ColumnKind = Literal["event", "user"]
 SplitKind = Literal["leave_last", "split_time", "none"]
 
@@ -266,8 +268,11 @@ class DatasetInfo:
 
 def file_sha256(path: Path) -> str:
     """Checksum of a file, in hex; reads it in pieces."""
+    checksum = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(_BLOCK):  # hashlib.file_digest came with Python 3.11
+            checksum.update(block)
+    return checksum.hexdigest()
 
 
 def _read_json(root: Path) -> dict[str, Any]:

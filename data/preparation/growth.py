@@ -235,7 +235,7 @@ def _read(path: Path, columns: list[str]) -> pa.RecordBatchReader:
     schema = pa.schema([fields.field(name) for name in columns])
 
     def batches() -> Iterator[pa.RecordBatch]:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(ROWS_PER_BATCH, columns=columns):
                 yield batch.select(columns)
 
@@ -245,7 +245,7 @@ def _read(path: Path, columns: list[str]) -> pa.RecordBatchReader:
 def _known_users(info: DatasetInfo, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     for number, path in enumerate(info.history_paths):
         first = 0
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(ROWS_PER_BATCH, columns=["user_id"]):
                 places = np.full(batch.num_rows, number), np.arange(first, first + batch.num_rows)
                 yield pa.RecordBatch.from_arrays([batch["user_id"], *map(pa.array, places)], schema=schema)
@@ -255,7 +255,8 @@ def _known_users(info: DatasetInfo, schema: pa.Schema) -> Iterator[pa.RecordBatc
 def _item_counts(engine: Engine, info: DatasetInfo) -> Integers:
     """[items] training events of each item until now, 0 of the new ones."""
     [(new,)] = engine.rows("SELECT count(*) FROM new_items")
-    old = pq.read_table(info.locate(info.vocabularies["items"].path), columns=["count"])["count"].to_numpy()
+    path = info.locate(info.vocabularies["items"].path)
+    old = pq.read_table(path, columns=["count"], page_checksum_verification=True)["count"].to_numpy()
     return np.concatenate([old, np.zeros(new, np.int64)])
 
 

@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..schema import Column, Split
 from .split import train_end
 from .statistics import Integers
+from .user_columns import value_of_each_user
 
 LISTS = ("items", "timestamps", "actions")
 
@@ -29,7 +30,7 @@ def merge(
     """[R] rows `old` with `num_new[r]` of the `events` (a table of `streams.event_schema`) for row r, split anew.
 
     Of equal times, old events come first: their logs are read first. Raises UserError where such a tie would be
-    decided by something that histories do not keep (`ties_need_the_log`).
+    decided by something that histories do not keep (`ties_need_the_log`), and for user columns that change in training.
     """
     num_old = old["num_events"].to_numpy().astype(np.int64)
     rows_M = np.concatenate([np.repeat(np.arange(len(num_old)), lengths) for lengths in (num_old, num_new)])
@@ -41,14 +42,15 @@ def merge(
     num_events = num_old + num_new
     num_train, num_validation = _split(num_events, rows_M, times_M, split)
     offsets = np.concatenate([[0], np.cumsum(num_events)]).astype(np.int32)
-    begin = np.cumsum(num_events) - num_events
     merged = {}
     for name in old.column_names:
         if name in LISTS or (name in columns and columns[name].kind == "event"):
             values = pa.concat_arrays([_values(old, name), events[name].combine_chunks()])
             merged[name] = pa.ListArray.from_arrays(offsets, values.take(pa.array(order_M)))
         elif name in columns:
-            merged[name] = _newest_training_value(old, events, name, begin, num_train, order_M)
+            merged[name] = _user_values(
+                old, events, name, rows_M=rows_M, order_M=order_M, num_events=num_events, num_train=num_train
+            )
     counts = {"num_events": num_events, "num_train": num_train, "num_validation": num_validation}
     merged |= {name: pa.array(values.astype(np.int32)) for name, values in counts.items()}
     return pa.table([merged.get(name, old[name]) for name in old.column_names], names=old.column_names)
@@ -84,13 +86,18 @@ def _split(num_events: Integers, rows_M: Integers, times_M: Integers, split: Spl
     return num_train, before_test - num_train
 
 
-def _newest_training_value(
-    old: pa.Table, events: pa.Table, name: str, begin: Integers, num_train: Integers, order_M: Integers
+def _user_values(
+    old: pa.Table,
+    events: pa.Table,
+    name: str,
+    *,
+    rows_M: Integers,
+    order_M: Integers,
+    num_events: Integers,
+    num_train: Integers,
 ) -> pa.Array:
-    """[R] that of the user's newest training event: a new event's, or what the row has."""
-    size = old.num_rows
-    newest = order_M[np.maximum(begin + num_train - 1, 0)]
+    """[R] of the user's training events, where the row's value stands for all of its old ones."""
     num_old = len(order_M) - events.num_rows
-    place = np.where(newest >= num_old, size + newest - num_old, np.arange(size))
-    values = pa.concat_arrays([old[name].combine_chunks(), events[name].combine_chunks()])
-    return values.take(pa.array(place, mask=num_train == 0))
+    places_M = np.concatenate([rows_M[:num_old], old.num_rows + np.arange(events.num_rows)])[order_M]
+    values = pa.concat_arrays([old[name].combine_chunks(), events[name].combine_chunks()]).take(pa.array(places_M))
+    return value_of_each_user(name, values, old["user_id"], num_events_R=num_events, num_train_R=num_train)

@@ -33,7 +33,7 @@ class PrepareOptions:
     columns: tuple[str, ...] = ()
     """Further columns, kept with one value per event."""
     user_columns: tuple[str, ...] = ()
-    """Further columns, kept with one value per user: that of the newest training event, null without one."""
+    """Further columns, kept with one value per user: that of all the training events, null without any."""
     min_user_events: int = 0
     """Users with fewer events are left out. With `split_time` only training events count."""
     min_item_events: int = 0

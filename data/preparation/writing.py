@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from ..schema import HISTORIES_FOLDER, UNKNOWN_ITEM, Column, HistoryFile, Vocabulary, file_sha256
 from .statistics import Integers, ItemCounter, LengthCounter
 from .streams import USER_ROW, RowStream, Stream
+from .user_columns import value_of_each_user
 
 USERS_PER_ROW_GROUP = 2048
 MOST_USERS_PER_ROW_GROUP = 16384
@@ -204,12 +205,14 @@ def _histories(users: pa.Table, events: pa.Table, columns: Mapping[str, Column])
     def as_lists(name: str) -> pa.ListArray:
         return pa.ListArray.from_arrays(offsets, events[name].combine_chunks())
 
-    num_train = users["num_train"].to_numpy()
-    newest_train = pa.array(offsets[:-1] + num_train - 1, mask=num_train == 0)
+    def per_user(name: str) -> pa.Array:
+        values, num_train = events[name].combine_chunks(), users["num_train"].to_numpy()
+        return value_of_each_user(name, values, users["user_id"], num_events_R=lengths, num_train_R=num_train)
+
     table = {"user_id": users["user_id"]}
     table |= {"items": as_lists("items"), "timestamps": as_lists("timestamps"), "actions": as_lists("actions")}
     for name, column in columns.items():
-        table[name] = as_lists(name) if column.kind == "event" else events[name].take(newest_train)
+        table[name] = as_lists(name) if column.kind == "event" else per_user(name)
     for name in ("num_events", "num_train", "num_validation"):
         table[name] = users[name].cast(pa.int32())
     return pa.table(table)

@@ -29,13 +29,14 @@ COLUMNS = {"actions": ("click",), "columns": ("word",)}
 
 def random_log(num_rows, *, seed, users, items, times):
     rng = np.random.default_rng(seed)
+    of_rows = rng.integers(*users, num_rows)
     return {
-        "user": rng.integers(*users, num_rows),
+        "user": of_rows,
         "item": [f"item {k}" for k in rng.integers(*items, num_rows).tolist()],
         "time": rng.integers(*times, num_rows),
         "click": rng.random(num_rows) < 0.5,
         "word": pa.array(rng.choice(["a", "b"], num_rows), mask=rng.random(num_rows) < 0.2),
-        "level": rng.integers(0, 10**6, num_rows),
+        "level": pa.array(of_rows * 7, mask=of_rows % 5 == 0),
     }
 
 
@@ -116,6 +117,44 @@ def test_appending_twice_equals_preparing_all_logs_together(tmp_path, small_file
     assert now[: len(before)] == before
     assert len(now) > len(before)
     assert (info.counts.unknown_item_events > 0) == ("time" in split)
+
+
+@pytest.mark.parametrize(
+    ("time", "level", "change"),
+    [
+        (60, [3, 4], "from 3 to 4"),
+        (60, [4, 4], "from 8 to 4"),
+        (-1, [4, 4], "from 4 to 8"),
+        (60, [None] * 2, "from 8 to None"),
+    ],
+)
+def test_a_user_column_does_not_change_by_newer_training_events(tmp_path, time, level, change):
+    old = {"user": [1, 1, 2], "item": [1, 1, 1], "time": [0, 1, 1], "level": [8, 8, 9]}
+    new = {
+        "user": [5, 5] if level == [3, 4] else [1, 1],
+        "item": [1, 1],
+        "time": [time, time],
+        "level": pa.array(level, pa.int64()),
+    }
+    prepare(
+        PrepareOptions(
+            logs=(write_log(tmp_path / "old.parquet", old),), out=tmp_path / "out", user_columns=("level",), **ROLES
+        )
+    )
+    refuses(
+        tmp_path / "out",
+        f"'level' changes {change} among the training events",
+        write_log(tmp_path / "new.parquet", new),
+    )
+
+
+def test_newer_events_of_the_test_period_may_have_another_value_in_a_user_column(tmp_path):
+    old = {"user": [1, 1, 3], "item": [1, 1, 1], "time": [0, 100, 100], "level": [8, 6, 6]}
+    new = {"user": [1, 2, 3], "item": [1, 1, 1], "time": [100, 100, 0], "level": [7, 9, 5]}
+    logs = [write_log(tmp_path / f"{k}.parquet", log) for k, log in enumerate((old, new))]
+    prepare(PrepareOptions(logs=logs[:1], out=tmp_path / "out", split_time=90, user_columns=("level",), **ROLES))
+    users, _ = content(append(tmp_path / "out", (logs[1],)))
+    assert {user: row["level"] for user, row in users.items()} == {1: 8, 2: None, 3: 5}
 
 
 def two_logs(tmp_path, **changes):
@@ -213,6 +252,48 @@ def test_a_damaged_history_file_is_named_and_nothing_is_appended(tmp_path, size,
     else:
         os.truncate(info.history_paths[0], size)
     refuses(tmp_path / "out", f"part-00000.parquet {found}", new)
+
+
+def flip_a_bit(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def values_begin(path, name):
+    """Where the values of a column of the first row group stand, behind their page's header."""
+    chunks = pq.read_metadata(path).row_group(0)
+    chunk = next(chunks.column(k) for k in range(chunks.num_columns) if chunks.column(k).path_in_schema == name)
+    return (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 8
+
+
+@pytest.mark.parametrize("column", ["user_id", "item_id", "count", "footer of the histories", "footer of the items"])
+def test_no_flipped_bit_of_the_old_files_reaches_the_new_ones(tmp_path, column):
+    old, new = two_logs(tmp_path)
+    info = prepare_log(tmp_path / "out", old)
+    path = info.history_paths[0] if column in ("user_id", "footer of the histories") else info.root / "items.parquet"
+    flip_a_bit(path, -20 if column.startswith("footer") else values_begin(path, column))
+    refuses(tmp_path / "out", f"{path} is damaged: its SHA-256 is not the one in dataset.json; restore it", new)
+
+
+@pytest.mark.parametrize(("size", "found"), [(None, "is missing"), (100, "is damaged")])
+def test_damaged_items_are_named_and_nothing_is_appended(tmp_path, size, found):
+    old, new = two_logs(tmp_path)
+    path = prepare_log(tmp_path / "out", old).root / "items.parquet"
+    if size is None:
+        path.unlink()
+    else:
+        os.truncate(path, size)
+    refuses(tmp_path / "out", f"items.parquet {found}", new)
+
+
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path):
+    old, new = two_logs(tmp_path)
+    path = prepare_log(tmp_path / "out", old).root / "items.parquet"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"items.parquet cannot be read \(Is a directory\); restore it"):
+        append(tmp_path / "out", (new,))
 
 
 def test_one_process_appends_at_a_time(tmp_path):

@@ -160,6 +160,14 @@ BROKEN_FILES = {
         lambda path: rewrite(path, lambda table: pa.concat_tables([table, table.slice(0, 2)])),
         r"19 rows, but dataset\.json says 17",
     ),
+    "fewer row groups": (
+        lambda path: pq.write_table(pq.read_table(path), path, row_group_size=12, write_page_checksum=True),
+        r"2 row groups, but dataset\.json says 3",
+    ),
+    "as many other row groups": (
+        lambda path: pq.write_table(pq.read_table(path), path, row_group_size=7, write_page_checksum=True),
+        r"row group 0 has 7 rows, but dataset\.json says 6",
+    ),
     "a removed column": (
         lambda path: rewrite(path, lambda table: table.drop_columns("tab")),
         "column tab: the file has no such column, and the dataset says list of int64",
@@ -193,6 +201,15 @@ def test_a_file_that_is_not_what_was_prepared_is_named_or_left_out_alone(info, k
     trained = [tuple(sample) for batch in left for sample in batch.samples.tolist()]
     assert sorted(trained) == sorted(sample for sample in whole if sample[0] != 1)
     assert [(fault.file, fault.num_rows) for fault in left.faults] == [(str(path), 17)]
+
+
+def test_a_run_does_not_go_on_with_a_file_of_other_row_groups(info):
+    """It would lose some samples and repeat others."""
+    state = next(iter(loader(info, bad_data="error"))).state
+    path = info.history_paths[0]
+    pq.write_table(pq.read_table(path), path, row_group_size=12, write_page_checksum=True)
+    with pytest.raises(UserError, match=r"part-00000\.parquet, all row groups: 2 row groups, but dataset\.json says 3"):
+        loader(info, bad_data="error", state=state)
 
 
 @pytest.mark.parametrize("bad_data", ["error", "skip"])

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from interaction_logs import histories, items, log_with_ties, original_items, prepare_log, write_csv, write_log
 
+from ultrarec.data.errors import UserError
 from ultrarec.data.preparation.writing import events_per_row_group, row_groups, users_per_row_group
 from ultrarec.data.schema import Column, DatasetInfo
 
@@ -141,17 +142,19 @@ def test_leave_last_keeps_the_whole_catalogue_but_counts_training_events_only(tm
 
 def test_what_happens_after_the_split_changes_nothing_that_training_sees(tmp_path):
     before = log_with_ties(400)
+    before["level"] = before["user"] * 3
     seen = []
     for variant in range(3):
         after = log_with_ties(50 * variant + 1, seed=variant + 1, num_users=60)
         after["item"] += 20 * variant
         after["time"] += 8
+        after["level"] = after["place"] + variant
         log = {name: np.concatenate([before[name], after[name]]) for name in before}
         path = write_log(tmp_path / f"{variant}.parquet", log)
-        options = {"split_time": 8, "min_user_events": 5, "min_item_events": 4, "user_columns": ("place",)}
+        options = {"split_time": 8, "min_user_events": 5, "min_item_events": 4, "user_columns": ("level",)}
         info = prepare_log(tmp_path / f"out{variant}", path, **options)
         training = [
-            (row["user_id"], row["items"][: row["num_train"]], row["timestamps"][: row["num_train"]], row["place"])
+            (row["user_id"], row["items"][: row["num_train"]], row["timestamps"][: row["num_train"]], row["level"])
             for row in histories(info)
         ]
         seen.append((items(info), training))
@@ -263,11 +266,40 @@ def test_declared_columns_keep_their_types_and_nulls(tmp_path):
     assert (row["small"], row["place"], row["share"]) == ([None, 3], ["work", "home"], 0.5)
 
 
-def test_a_user_column_takes_the_newest_training_event_and_is_null_without_one(tmp_path):
-    log = {"user": [1, 1, 1, 2], "item": [1, 1, 1, 1], "time": [0, 1, 2, 2], "level": [10, 11, 12, 20]}
+def test_a_user_column_is_that_of_the_training_events_and_null_without_any(tmp_path):
+    log = {
+        "user": [1, 1, 1, 2, 3, 3],
+        "item": [1] * 6,
+        "time": [0, 1, 2, 2, 0, 1],
+        "level": [10, 10, 12, 20, None, None],
+    }
     path = write_log(tmp_path / "log.parquet", log)
     info = prepare_log(tmp_path / "out", path, user_columns=("level",), split_time=2)
-    assert [row["level"] for row in histories(info)] == [11, None]
+    assert [row["level"] for row in histories(info)] == [10, None, None]
+
+
+@pytest.mark.parametrize(
+    ("split", "column", "values", "change"),
+    [
+        ({}, "level", [5, 7, 7, 7], "'level' changes from 5 to 7"),
+        ({"leave_last": 1}, "city", ["a", "a", "b", "a"], "'city' changes from 'a' to 'b'"),
+        ({"split_time": 3}, "level", [None, 5, 5, 5], "'level' changes from None to 5"),
+        ({}, "level", [5, 5, None, 5], "'level' changes from 5 to None"),
+        ({}, "share", [0.5, 0.5, float("nan"), 0.5], "'share' changes from 0.5 to nan"),
+    ],
+)
+def test_a_user_column_that_targets_would_know_from_later_events_is_refused(tmp_path, split, column, values, change):
+    log = {"user": [9] * 5 + [8], "item": [1] * 6, "time": [0, 1, 2, 3, 4, 1], column: [*values, values[3], values[3]]}
+    path = write_log(tmp_path / "log.parquet", log)
+    with pytest.raises(UserError, match=f"{change} among the training events of user 9, .* with --column {column}"):
+        prepare_log(tmp_path / "out", path, user_columns=(column,), **split)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.parquet"]
+
+
+def test_equal_missing_values_of_a_user_column_are_no_change(tmp_path):
+    log = {"user": [1, 1, 2, 2], "item": [1] * 4, "time": [0, 1, 0, 1], "share": [float("nan")] * 2 + [0.5] * 2}
+    info = prepare_log(tmp_path / "out", write_log(tmp_path / "log.parquet", log), user_columns=("share",))
+    assert np.array_equal([row["share"] for row in histories(info)], [np.nan, 0.5], equal_nan=True)
 
 
 ZONES = pytest.mark.parametrize("zone", [None, "UTC", "Asia/Kolkata"])

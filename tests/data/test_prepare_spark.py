@@ -66,8 +66,9 @@ def write(path, columns, **options):
 def random_log(num_rows, *, seed):
     """Few times and tie-breaks, so that most of the order is that of files and rows."""
     rng = np.random.default_rng(seed)
+    users = rng.integers(0, 3_000, num_rows)
     return {
-        "user": pa.array(rng.integers(0, 3_000, num_rows)),
+        "user": pa.array(users),
         "item": pa.array([("é", "Z", "a", "")[k % 4] + str(k) for k in rng.integers(0, 200, num_rows).tolist()]),
         "time": pa.array(rng.integers(0, 9, num_rows)),
         "step": pa.array(rng.choice([0.5, -1.0, 3.25], num_rows)),
@@ -76,7 +77,7 @@ def random_log(num_rows, *, seed):
         "small": pa.array(rng.integers(0, 250, num_rows), pa.uint8(), mask=rng.random(num_rows) < 0.1),
         "word": pa.array(rng.choice(["x", "yy", "ß"], num_rows), mask=rng.random(num_rows) < 0.1),
         "share": pa.array(rng.random(num_rows), pa.float32()),
-        "level": pa.array(rng.integers(0, 2**40, num_rows), pa.uint64()),
+        "level": pa.array(users.astype(np.uint64) << 30, mask=users % 7 == 0),
     }
 
 
