@@ -138,43 +138,6 @@ def test_nan_in_one_sequence_stays_there() -> None:
         assert grad[40:77].isnan().all()
 
 
-POISONED = slice(96, 128)
-"""Three tiles into a sequence of 256, of which a query sees 16 events back."""
-
-
-def outputs_and_gradients_with_nan(names: tuple[str, ...], mask: AttentionMask) -> dict[str, torch.Tensor]:
-    case = case_of(lengths=(256,), mask=mask, scale="tensor")
-    inputs = inputs_of(case)
-    for name in names:
-        inputs[name][POISONED] = float("nan")
-    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
-    out = attend(case, inputs, "triton")
-    return {
-        "out": out.detach(),
-        **dict(zip(inputs, torch.autograd.grad(out.sum(), list(inputs.values())), strict=True)),
-    }
-
-
-@pytest.mark.parametrize("prefix", [0, 20])
-def test_tiles_that_the_mask_hides_are_never_read(prefix: int) -> None:
-    """NaN reaches only those tiles that see some of it, though even hidden by a factor of 0 it would stay NaN."""
-    mask = AttentionMask(window=16, prefix=prefix)
-    clean = outputs_and_gradients_with_nan((), mask)
-    poisoned_keys = outputs_and_gradients_with_nan(("k", "v"), mask)
-    poisoned_queries = outputs_and_gradients_with_nan(("q",), mask)
-    away_from_keys = torch.ones(256, dtype=torch.bool, device=DEVICE)
-    away_from_keys[96:160] = False
-    away_from_queries = torch.ones(256, dtype=torch.bool, device=DEVICE)
-    away_from_queries[64:128] = False
-    away_from_queries[: 32 if prefix else 0] = False
-    for name in ("out", "q"):
-        assert torch.equal(poisoned_keys[name][away_from_keys], clean[name][away_from_keys]), name
-    for name in ("k", "v"):
-        assert torch.equal(poisoned_queries[name][away_from_queries], clean[name][away_from_queries]), name
-    assert poisoned_keys["out"][POISONED].isnan().all()
-    assert poisoned_queries["k"][POISONED].isnan().all()
-
-
 def test_programs_start_with_the_longest_sequence() -> None:
     offsets = torch.tensor([0, 3, 3, 90, 100], device=DEVICE)
     x = torch.zeros(100, 1, 8, device=DEVICE)
