@@ -107,7 +107,8 @@ def assert_as_exact_as_plain_torch(case: Case, backend: str = "auto") -> None:
         if value.numel() == 0:
             continue
         error = (value - exact[name]).abs().max()
-        bound = 2 * (plain[name] - exact[name]).abs().max() + 1e-5
+        # Relative to what is compared: outputs are means of many weights, far below 1.
+        bound = 2 * (plain[name] - exact[name]).abs().max() + 1e-6 * exact[name].abs().max()
         assert error <= bound, f"{name}: error {error:.1e} > {bound:.1e}, twice that of plain torch in {case.dtype}"
 
 
