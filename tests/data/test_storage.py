@@ -235,3 +235,12 @@ def test_a_dataset_that_is_not_there_is_named_without_the_credentials(uri):
 def test_an_unknown_kind_of_store_is_named():
     with pytest.raises(UserError, match=r"data\.path=ftp://host/data cannot be opened .* s3://, gs://, hdfs://"):
         Storage("ftp://host/data")
+
+
+def test_a_google_store_that_is_gone_is_given_up_after_retry_seconds_and_not_after_its_clients():
+    """That tries for a quarter of an hour, within one call."""
+    gone = Storage("gs://anonymous@bucket/data?endpoint_override=127.0.0.1:9&scheme=http", retry_seconds=0.2)
+    began = time.monotonic()
+    with pytest.raises(StorageError, match=r"^gs://bucket/data/a.parquet cannot be read: .* seconds failed"):
+        gone.open("a.parquet")
+    assert time.monotonic() - began < 60
