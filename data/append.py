@@ -129,7 +129,8 @@ def _check_files(info: DatasetInfo, report: Callable[[str], None]) -> None:
     with checksums of their own would vouch for what came of a damaged one.
     """
     report("checking the files of the dataset")
-    for file in (*info.files, *info.vocabularies.values()):
+    stated: tuple[HistoryFile | Vocabulary, ...] = (*info.files, *info.vocabularies.values())
+    for file in stated:
         path = info.locate(file.path)
         if problem := _problem(path, file):
             raise UserError(
