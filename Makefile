@@ -14,8 +14,9 @@ PYTHON := $(shell for python in python3.11 python3 python3.12 python3.10; do \
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed-$(FLAVOUR)
-# Tests of the Spark engine run where there is Java; elsewhere they say that they were left out.
-SPARK := $(shell java -version > /dev/null 2>&1 && echo .venv/.installed-spark)
+# Tests of the Spark engine run where there is Java 17 or later; elsewhere they say that they were left out.
+JAVA := $(shell java -version 2>&1 | sed -n 's/.* version "\([0-9]*\).*/\1/p')
+SPARK := $(shell test 0$(JAVA) -ge 17 && echo .venv/.installed-spark)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 RECIPE := hstu_kuairand_sample
 SAMPLE := datasets/kuairand-sample

@@ -17,7 +17,7 @@ from .atomic import full_disk_explained, sync, undisturbed
 from .errors import UserError, counted
 from .locks import is_locked, open_lock
 from .preparation.options import EngineName, PrepareOptions
-from .schema import DATASET_FILE, HISTORIES_FOLDER, DatasetInfo, HistoryFile, Vocabulary, file_sha256
+from .schema import DATASET_FILE, HISTORIES_FOLDER, DatasetInfo, HistoryFile, SourceFile, Vocabulary, file_sha256
 
 TEMPORARY = "append.tmp-"
 _OURS = re.compile(r"items(-\d+)?\.parquet|part-\d+\.parquet")
@@ -92,9 +92,8 @@ def _grow(info: DatasetInfo, options: PrepareOptions, report: Callable[[str], No
     from .preparation.growth import grow
 
     log = sources.find_log(options)
-    known = {(source.path, source.bytes) for source in info.sources}
-    if again := [file.path for file in log.describe() if (file.path, file.bytes) in known]:
-        raise UserError(f"{again[0]} is in {info.root} already; append newer logs only")
+    sources_of_log = log.describe()
+    _check_are_new(info, sources_of_log)
     report(f"log: {counted(len(log.paths), f'{log.format} file')}, {log.num_bytes / 1e6:,.1f} MB")
     root = info.folder / f"{TEMPORARY}{os.getpid()}"
     work = root / "work"
@@ -108,7 +107,19 @@ def _grow(info: DatasetInfo, options: PrepareOptions, report: Callable[[str], No
         path.rename(info.folder / path.relative_to(root))
     for folder in (info.folder / HISTORIES_FOLDER, info.folder):
         sync(folder)
-    return replace(grown, sources=info.sources + log.describe())
+    return replace(grown, sources=info.sources + sources_of_log)
+
+
+def _check_are_new(info: DatasetInfo, files: tuple[SourceFile, ...]) -> None:
+    """Raises UserError for a log that the dataset holds, under whatever name."""
+    known = {source.sha256: source.path for source in info.sources if source.sha256}
+    # Of older datasets, whose sources have no checksum.
+    places = {(Path(source.path).resolve(), source.bytes): source.path for source in info.sources if not source.sha256}
+    for file in files:
+        was = known.get(file.sha256) or places.get((Path(file.path).resolve(), file.bytes))
+        if was is not None:
+            name = "" if was == file.path else f", as {was}"
+            raise UserError(f"{file.path} is in {info.root} already{name}; append newer logs only")
 
 
 def _check_files(info: DatasetInfo, report: Callable[[str], None]) -> None:

@@ -13,22 +13,26 @@ from pathlib import Path
 from types import FrameType
 
 from .errors import UserError
+from .locks import LOCK_FILE, is_locked, open_lock
 
 
 @contextmanager
 def temporary_beside(out: Path) -> Iterator[Path]:
-    """A folder on the file system of `out`, removed at the end whatever happens.
+    """A folder on the file system of `out`, removed at the end whatever happens, and by the next one after a kill.
 
     Raises UserError if `out` exists, if the folder cannot be made, and when the disk is full.
     """
     if os.path.lexists(out):  # unlike Path.exists, it takes a name of any length
-        raise UserError(f"--out {out} exists already; nothing is overwritten: give a new folder, or remove that one")
+        raise _exists(out)
+    _remove_leftovers(out)
     folder = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     new_parents = [parent for parent in folder.parents if not os.path.lexists(parent)]
     try:
         folder.mkdir(parents=True)
+        lock = open_lock(folder)
+        is_locked(lock)  # nobody else can have: it says to others that this process lives
     except OSError as error:
-        _remove_empty(new_parents)
+        _remove_empty([folder, *new_parents])
         raise UserError(f"--out {out}: {folder} cannot be made ({error.strerror}); give another place") from error
     try:
         with full_disk_explained(out):
@@ -36,7 +40,38 @@ def temporary_beside(out: Path) -> Iterator[Path]:
     finally:
         with undisturbed():
             shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
             _remove_empty(new_parents)
+
+
+def give_name(folder: Path, out: Path) -> None:
+    """Rename a complete folder to what it shall be. Raises UserError if somebody else has made that meanwhile."""
+    try:
+        folder.rename(out)
+    except OSError as error:
+        if not os.path.lexists(out):
+            raise
+        raise _exists(out) from error
+
+
+def _exists(out: Path) -> UserError:
+    return UserError(f"--out {out} exists already; nothing is overwritten: give a new folder, or remove that one")
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what killed processes have left of `temporary_beside(out)`: its lock is free, and its process gone.
+
+    The process of one that was made a moment ago may not have come to lock it; locks tell of other machines.
+    """
+    for folder in out.parent.glob(f"{glob.escape(out.name)}.tmp-*"):
+        process = folder.name.rpartition("-")[2]
+        is_left = process == str(os.getpid()) or not Path("/proc", process).exists()
+        if process.isdecimal() and is_left and (folder / LOCK_FILE).is_file():
+            with suppress(OSError):  # another user's, or just now removed
+                lock = open_lock(folder)
+                if is_locked(lock):
+                    shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from .config import DataConfig
 from .deal import NO_LOADS
+from .errors import UserError, first_line
 from .loader import Loader
 from .preparation.writing import HistoryWriter
 from .reader import EVENT_COLUMNS
@@ -151,7 +152,21 @@ Places = list[tuple[Path, int]]
 
 def _row_groups(path: str) -> Places:
     files = DatasetInfo.load(path).history_paths
-    return [(file, group) for file in files for group in range(pq.read_metadata(file).num_row_groups)]
+    return [(file, group) for file in files for group in range(_num_row_groups_of(file))]
+
+
+def _num_row_groups_of(file: Path) -> int:
+    try:
+        return pq.read_metadata(file).num_row_groups
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"{file} cannot be read ({first_line(error)}); restore it, or prepare the dataset again"
+        ) from error
+
+
+def num_row_groups(root: Path) -> int:
+    """How many row groups a dataset has. Raises UserError if it is none, or has a file without a whole footer."""
+    return len(_row_groups(str(root)))
 
 
 def _timed_scans(scan: Callable[[], Iterator[int]], number: int, barrier: Barrier) -> list[Turn]:

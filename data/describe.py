@@ -52,7 +52,7 @@ def describe(info: DatasetInfo, storage: Storage) -> list[str]:
 def draw(info: DatasetInfo, picture: Path) -> None:
     """A histogram of the lengths of histories: users, and the events that they have.
 
-    Raises UserError for a dataset that does not hold it.
+    Raises UserError for a dataset that does not hold it, and if the picture cannot be written.
     """
     import matplotlib as mpl
 
@@ -75,8 +75,12 @@ def draw(info: DatasetInfo, picture: Path) -> None:
     axes.set_ylabel("share in %")
     axes.set_title(f"{info.counts.users:,} users, {lengths.mean:,.1f} events each on average")
     axes.legend()
-    figure.savefig(picture, dpi=150)
-    pyplot.close(figure)
+    try:
+        figure.savefig(picture, dpi=150)
+    except OSError as error:
+        raise UserError(f"--picture {picture} cannot be written ({error.strerror}); see who may write there") from error
+    finally:
+        pyplot.close(figure)
 
 
 def _split(split: Split) -> str:

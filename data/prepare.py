@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .atomic import run_until_signalled, sync, sync_tree, temporary_beside, what_is_left
+from .atomic import give_name, run_until_signalled, sync, sync_tree, temporary_beside, what_is_left
 from .errors import UserError, counted
 from .locations import local_path
 from .preparation.options import ENGINES, PrepareOptions
@@ -51,7 +51,7 @@ def prepare(options: PrepareOptions, *, report: Report = lambda line: None) -> D
         sync_tree(root)
         info.write()
         sync(root)
-        root.rename(options.out)
+        give_name(root, options.out)
         sync(options.out.parent)
     _report_totals(options.out, info, report)
     return replace(info, root=options.out)

@@ -156,6 +156,8 @@ class SourceFile:
 
     path: str
     bytes: int
+    sha256: str = ""
+    """Checksum of the file, in hex; empty in datasets that were prepared before it was recorded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -276,17 +278,21 @@ def file_sha256(path: Path) -> str:
 
 
 def _read_json(root: Path) -> dict[str, Any]:
-    if not root.exists():
-        raise UserError(
-            f"{root} does not exist; make it with `ultrarec prepare LOG --out {root} …`, or correct the path"
-        )
     try:
         raw = json.loads((root / DATASET_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
+        if not root.exists():
+            raise UserError(
+                f"{root} does not exist; make it with `ultrarec prepare LOG --out {root} …`, or correct the path"
+            ) from None
         raise UserError(
             f"{root} is not a prepared dataset: it has no {DATASET_FILE}; "
             "give the folder that `ultrarec prepare --out` wrote"
         ) from None
+    except PermissionError as error:
+        raise UserError(
+            f"{root / DATASET_FILE} cannot be read ({error.strerror}); check its permissions, and those of its folders"
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{root / DATASET_FILE} cannot be read ({error}); prepare the dataset again") from error
     if not isinstance(raw, dict):

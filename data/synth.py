@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from .atomic import run_until_signalled, temporary_beside, what_is_left
+from .atomic import give_name, run_until_signalled, temporary_beside, what_is_left
 from .errors import UserError
 from .locations import local_path
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         with temporary_beside(args.out) as folder:
             root = folder / "log"
             write_log(spec, root, report=lambda line: print(line, file=sys.stderr, flush=True))
-            root.rename(args.out)
+            give_name(root, args.out)
         print(f"{args.out}: made; {args.out}/_synth.json has what the best model can reach", file=sys.stderr)
 
     return run_until_signalled(make, left=lambda: what_is_left(args.out))

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.errors import UserError
 from .arguments import positive
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
+    _check(args)
     print(
         f"events/s of {args.ranks} rank(s) with {args.threads} thread(s) each, next-item batches of "
         f"{args.batch_tokens}; first: in fresh memory, epoch over scan; rate/thread: the epoch's rate over the number "
@@ -64,11 +66,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Raise UserError for what could not be measured, or not be kept, before minutes go into it."""
+    from ..data import bench
+
+    if args.out is not None and not args.out.absolute().parent.is_dir():
+        raise UserError(f"--out {args.out}: there is no folder {args.out.absolute().parent}; make it first")
+    row_groups = _synthetic_row_groups(args) if args.path is None else bench.num_row_groups(args.path)
+    if row_groups < args.ranks:
+        raise UserError(
+            f"--ranks {args.ranks}: each scans row groups of its own, and there are {row_groups}; give fewer"
+        )
+
+
+def _synthetic_row_groups(args: argparse.Namespace) -> int:
+    return QUICK_ROW_GROUPS if args.quick else args.row_groups
+
+
 def _measure_synthetic(args: argparse.Namespace, root: Path, mean_events: int) -> dict[str, Any]:
     from ..data import bench
 
-    row_groups = QUICK_ROW_GROUPS if args.quick else args.row_groups
-    bench.write_histories(root, mean_events=mean_events, row_groups=row_groups)
+    bench.write_histories(root, mean_events=mean_events, row_groups=_synthetic_row_groups(args))
     return _measure(args, root, f"mean length {mean_events}")
 
 

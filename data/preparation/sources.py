@@ -4,7 +4,7 @@ import csv
 import glob
 import gzip
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import Literal
 import pyarrow
 import pyarrow.parquet
 
-from ..errors import UserError, counted
+from ..errors import UserError, counted, first_line
 from ..locations import is_uri, shown
-from ..schema import SourceFile
+from ..schema import SourceFile, file_sha256
 from .options import PrepareOptions
 
 SAMPLES = {"kuairand": Path(__file__).parent.parent / "sample" / "kuairand_pure.parquet"}
@@ -46,9 +46,9 @@ class Log:
         return sum(path.stat().st_size for path in self.paths)
 
     def describe(self) -> tuple[SourceFile, ...]:
-        """The files as `dataset.json` lists them."""
+        """The files as `dataset.json` lists them; reads them all."""
         files = zip(self.names, self.paths, strict=True)
-        return tuple(SourceFile(path=name, bytes=path.stat().st_size) for name, path in files)
+        return tuple(SourceFile(path=name, bytes=path.stat().st_size, sha256=file_sha256(path)) for name, path in files)
 
     def relation(self, paths: Sequence[Path] | None = None) -> str:
         """SQL table function over `paths` (all files by default); CSV columns are all VARCHAR."""
@@ -129,7 +129,7 @@ def _files_of(log: str) -> list[tuple[str, Path]]:
     path = Path(log)
     if path.is_dir():
         suffixes = PARQUET_SUFFIXES + CSV_SUFFIXES
-        files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(suffixes) and file.is_file())
+        files = sorted(file for file in _visible(path) if file.name.lower().endswith(suffixes) and file.is_file())
         if not files:
             raise UserError(f"{log}: no file in the folder ends in {', '.join(suffixes)}; name the files themselves")
     elif path.exists():
@@ -139,6 +139,15 @@ def _files_of(log: str) -> list[tuple[str, Path]]:
         if not files:
             raise UserError(f"{log}: no such file, and no file matches; check the path (now in {Path.cwd()})")
     return [(str(file), file) for file in files]
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """What is below a folder, without what Spark and Hive take for no data either: such as the `_temporary` of an
+    export that has not ended, whose rows come again when it has.
+    """
+    for path in folder.rglob("*"):
+        if not any(part.startswith(("_", ".")) for part in path.relative_to(folder).parts):
+            yield path
 
 
 def _sample(name: str) -> Path:
@@ -160,6 +169,8 @@ def _format_of(path: Path) -> Literal["parquet", "csv"]:
 def _parquet_columns(path: Path) -> list[str]:
     try:
         return pyarrow.parquet.read_schema(path).names
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}); check its permissions") from error
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(
             f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}); "
@@ -172,6 +183,8 @@ def _first_line(path: Path) -> str:
     try:
         with gzip.open(path, "rb") if compressed else path.open("rb") as file:
             return file.readline().decode("utf-8-sig").rstrip("\r\n")
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as CSV ({error}); it must be UTF-8 text, plain or .gz") from error
 

@@ -243,6 +243,35 @@ def test_a_log_is_not_appended_twice(tmp_path):
     refuses(tmp_path / "out", "old.parquet is in .*out already; append newer logs only", new, old)
 
 
+def test_a_log_is_not_appended_twice_under_another_name(tmp_path, monkeypatch):
+    old, _ = two_logs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    prepare_log(tmp_path / "out", "old.parquet")
+    (tmp_path / "link.parquet").symlink_to(old)
+    shutil.copy(old, tmp_path / "copy.parquet")
+    for name in (old, "link.parquet", "copy.parquet"):
+        refuses(tmp_path / "out", f"{name} is in .*out already, as old.parquet; append newer logs only", name)
+
+
+def test_a_new_log_of_the_same_name_and_size_is_appended(tmp_path):
+    log = {"user": ["a"], "item": [1], "time": [5]}
+    path = Path(write_log(tmp_path / "log.parquet", log))
+    info, size = prepare(PrepareOptions(logs=(str(path),), out=tmp_path / "out", **ROLES)), path.stat().st_size
+    write_log(path, log | {"user": ["b"]})
+    assert path.stat().st_size == size
+    assert append(info.root, (str(path),)).counts.users == 2
+
+
+def test_a_log_is_not_appended_twice_to_a_dataset_without_checksums_of_its_sources(tmp_path, monkeypatch):
+    old, new = two_logs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    info = prepare_log(tmp_path / "out", "old.parquet")
+    dataclasses.replace(info, sources=tuple(dataclasses.replace(each, sha256="") for each in info.sources)).write()
+    for name in (old, "old.parquet"):
+        refuses(tmp_path / "out", "old.parquet is in .*out already", name)
+    assert append(tmp_path / "out", (new,)).counts.events == 606
+
+
 @pytest.mark.parametrize(("size", "found"), [(None, "is missing"), (100, "has 100 bytes, but dataset.json says")])
 def test_a_damaged_history_file_is_named_and_nothing_is_appended(tmp_path, size, found):
     old, new = two_logs(tmp_path)

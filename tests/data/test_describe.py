@@ -82,6 +82,12 @@ def test_a_picture_that_cannot_be_written_is_refused_at_once(info, tmp_path, cap
     assert shown.out == ""
 
 
+def test_a_picture_that_turns_out_not_to_be_writable_is_named(info, tmp_path, capsys):
+    (tmp_path / "a.png").mkdir()
+    assert main(["data", "describe", str(info.root), "--picture", str(tmp_path / "a.png")]) == 2
+    assert "a.png cannot be written (Is a directory); see who may write there" in capsys.readouterr().err
+
+
 def test_a_dataset_of_version_1_is_described_without_its_lengths(info, tmp_path, capsys):
     dataclasses.replace(info, lengths=None, minimums=None, schema_version=1).write()
     assert main(["data", "describe", str(info.root)]) == 0

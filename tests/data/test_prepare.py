@@ -161,6 +161,17 @@ def test_what_happens_after_the_split_changes_nothing_that_training_sees(tmp_pat
     assert seen[0] == seen[1] == seen[2]
 
 
+@pytest.mark.parametrize("hidden", ["_temporary/0/part-1.parquet", "day=1/.part-1.parquet", "_part-1.parquet"])
+def test_what_an_export_has_not_completed_is_no_part_of_a_folder(tmp_path, hidden):
+    log = {"user": [1], "item": [1], "time": [0]}
+    for name in ("day=1/part-0.parquet", hidden):
+        (tmp_path / "_logs" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_log(tmp_path / "_logs" / name, log)
+    info = prepare_log(tmp_path / "out", str(tmp_path / "_logs"))
+    assert [source.path for source in info.sources] == [str(tmp_path / "_logs/day=1/part-0.parquet")]
+    assert info.counts.events == 1
+
+
 # Filters
 
 

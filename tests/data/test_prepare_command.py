@@ -1,6 +1,7 @@
 """`ultrarec prepare` as a user calls it: on the files of public data sets, with progress, and interrupted."""
 
 import argparse
+import os
 import re
 import shlex
 import signal
@@ -13,6 +14,8 @@ import pytest
 from interaction_logs import ROLES, histories, log_with_ties, original_items, write_log
 
 from ultrarec.data import prepare as prepare_command
+from ultrarec.data.errors import UserError
+from ultrarec.data.locks import is_locked, open_lock
 from ultrarec.data.prepare import PrepareOptions, prepare
 from ultrarec.data.schema import UNKNOWN_ITEM, DatasetInfo
 from ultrarec.data.synthetic_log import SPLIT_TIME
@@ -132,6 +135,38 @@ def test_the_command_leaves_the_handling_of_sigterm_as_it_was(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     run_command(path, "--out", tmp_path / "out", "--user", "user", "--item", "item", "--time", "time")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_a_killed_process_left_goes_and_what_a_running_one_makes_stays(tmp_path):
+    path = write_log(tmp_path / "log.parquet", log_with_ties(50))
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    left = [tmp_path / f"out.tmp-{killed.pid}", tmp_path / f"out.tmp-{os.getpid()}"]  # containers use a number again
+    kept = [tmp_path / f"out.tmp-{os.getppid()}", tmp_path / f"other.tmp-{killed.pid}", tmp_path / "out.tmp-mine"]
+    for folder in (*left, *kept):
+        (folder / "work").mkdir(parents=True)
+        (folder / ".lock").touch()
+    locked = tmp_path / f"out.tmp-0{killed.pid}"
+    locked.mkdir()
+    held = open_lock(locked)
+    assert is_locked(held)
+    prepare(PrepareOptions(logs=(path,), out=tmp_path / "out", **ROLES))
+    os.close(held)
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "log.parquet", tmp_path / "out", locked, *kept])
+
+
+def test_a_folder_that_somebody_makes_meanwhile_is_not_overwritten(tmp_path):
+    path = write_log(tmp_path / "log.parquet", log_with_ties(50))
+
+    def make_it(line):
+        if line.startswith("sorting"):
+            prepare(PrepareOptions(logs=(path,), out=tmp_path / "made", **ROLES))
+            (tmp_path / "made").rename(tmp_path / "out")
+
+    with pytest.raises(UserError, match=r"--out .*out exists already; nothing is overwritten"):
+        prepare(PrepareOptions(logs=(path,), out=tmp_path / "out", **ROLES), report=make_it)
+    assert DatasetInfo.load(tmp_path / "out").counts.events == 50
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["log.parquet", "out"]
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])

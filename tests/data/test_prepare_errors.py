@@ -1,8 +1,12 @@
 """What a user can get wrong: each mistake ends in one message (value, rule, remedy) and leaves nothing on disk."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from permissions import unreadable
 
 from ultrarec.data.errors import UserError
 from ultrarec.data.prepare import PrepareOptions, prepare
@@ -102,6 +106,16 @@ def test_parquet_and_csv_do_not_mix(tmp_path):
     fails(
         tmp_path, "a.parquet and .*b.csv are of two formats", first, write_text(tmp_path / "b.csv", "user,item,time\n")
     )
+
+
+@pytest.mark.parametrize("name", ["log.parquet", "log.csv", "log"])
+def test_a_log_that_the_user_may_not_read_is_told_from_a_damaged_one(tmp_path, name):
+    with TemporaryDirectory() as folder:  # which others may enter, unlike tmp_path
+        path = Path(folder, name)
+        write_parquet(path)
+        path.parent.chmod(0o755)
+        with unreadable(path), pytest.raises(UserError, match=rf"{name} cannot be read \(.*\); check its permissions"):
+            prepare(PrepareOptions(logs=(str(path),), out=tmp_path / "out", **ROLES))
 
 
 @pytest.mark.parametrize("content", [b"PAR1 and then something else", b"no Parquet at all"])

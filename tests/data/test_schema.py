@@ -3,6 +3,7 @@ import json
 import re
 
 import pytest
+from permissions import unreadable
 
 from ultrarec.data.errors import UserError
 from ultrarec.data.schema import (
@@ -134,6 +135,12 @@ def test_columns_are_told_apart_by_kind(info):
 def test_the_split_lists_only_what_its_kind_uses(info):
     info.write()
     assert json.loads((info.root / DATASET_FILE).read_text())["split"] == {"kind": "split_time", "time": 1651330969569}
+
+
+def test_a_dataset_that_others_may_not_read_is_told_from_a_damaged_one(info):
+    info.write()
+    with unreadable(info.root), pytest.raises(UserError, match=r"dataset\.json cannot be read .*; check its perm"):
+        DatasetInfo.load(info.root)
 
 
 def test_a_missing_folder_is_named(tmp_path):

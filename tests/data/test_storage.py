@@ -248,3 +248,12 @@ def test_describing_a_dataset_in_a_store_tells_which_history_file_is_missing(own
     client.delete_object(Bucket="logs", Key=f"prepared/histories/{HISTORY}")
     assert main(["data", "describe", path]) == 0
     assert f"DAMAGED      histories/{HISTORY} is missing; restore" in capsys.readouterr().out
+
+
+def test_a_google_store_that_is_gone_is_given_up_after_retry_seconds_and_not_after_its_clients():
+    """That tries for a quarter of an hour, within one call."""
+    gone = Storage("gs://anonymous@bucket/data?endpoint_override=127.0.0.1:9&scheme=http", retry_seconds=0.2)
+    began = time.monotonic()
+    with pytest.raises(StorageError, match=r"^gs://bucket/data/a.parquet cannot be read: .* seconds failed"):
+        gone.open("a.parquet")
+    assert time.monotonic() - began < 60

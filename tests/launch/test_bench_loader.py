@@ -1,6 +1,10 @@
 import json
+import os
+import re
 
+import pytest
 from process_group import start_server
+from random_datasets import random_histories, write_dataset
 
 from ultrarec.launch.cli import main
 
@@ -24,3 +28,30 @@ def test_each_rank_is_measured_in_its_own_process_against_a_bare_scan(tmp_path, 
         # Both read the same dataset, of whose users the last event is predicted and never read.
         assert 0.9 < together["loader"][0]["events"] / together["scan"][0]["events"] < 1
     assert len(capsys.readouterr().out.splitlines()) == 2 + 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("ranks", "out", "message"),
+    [
+        (1, "nowhere/figures.json", r"--out .*figures.json: there is no folder .*nowhere; make it first"),
+        (5, "figures.json", "--ranks 5: each scans row groups of its own, and there are 4; give fewer"),
+        (2, "figures.json", r"part-00001.parquet cannot be read \(.*\); restore it, or prepare the dataset again"),
+    ],
+)
+def test_what_cannot_be_measured_or_kept_is_refused_before_anything_is_printed(tmp_path, capsys, ranks, out, message):
+    histories = random_histories(num_users=40, num_items=9, mean_events=4, seed=0)
+    info = write_dataset(tmp_path / "dataset", histories, num_items=9, num_files=2, rows_per_group=10)
+    if ranks == 2:
+        os.truncate(info.history_paths[1], 100)
+    command = ["bench", "loader", str(info.root), "--ranks", str(ranks), "--out", str(tmp_path / out)]
+    assert main(command) == 2
+    shown = capsys.readouterr()
+    assert re.search(message, shown.err)
+    assert shown.out == ""
+
+
+def test_a_missing_dataset_is_named_before_anything_is_printed(tmp_path, capsys):
+    assert main(["bench", "loader", str(tmp_path / "nowhere")]) == 2
+    shown = capsys.readouterr()
+    assert "nowhere does not exist" in shown.err
+    assert shown.out == ""
