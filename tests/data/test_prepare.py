@@ -260,7 +260,7 @@ def test_declared_columns_keep_their_types_and_nulls(tmp_path):
         "item": [1, 2],
         "time": [1, 0],
         "small": pa.array([3, None], pa.int8()),
-        "share": pa.array([0.5, 0.25], pa.float32()),
+        "share": pa.array([0.5, 0.5], pa.float32()),
         "place": ["home", "work"],
     }
     options = {"columns": ("small", "place"), "user_columns": ("share",)}
