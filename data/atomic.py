@@ -104,6 +104,30 @@ def undisturbed() -> Iterator[None]:
                 os.kill(os.getpid(), came)
 
 
+@contextmanager
+def waking(wake: Callable[[], None]) -> Iterator[None]:
+    """Call `wake` when SIGTERM or Ctrl-C comes, before it takes effect: for threads that nothing else reaches."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        wake()
+        handler = before[signal.Signals(number)]
+        assert callable(handler)
+        handler(number, frame)
+
+    heeded = [number for number, handler in before.items() if callable(handler)]
+    for number in heeded:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, before[number])
+
+
 def what_is_left(out: Path) -> str:
     """What a stopped `temporary_beside` has made of `out`."""
     if os.path.lexists(out):
