@@ -5,6 +5,7 @@ import glob
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -106,26 +107,31 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def waking(wake: Callable[[], None]) -> Iterator[None]:
-    """Call `wake` when SIGTERM or Ctrl-C comes, before it takes effect: for threads that nothing else reaches."""
+    """Call `wake`, in a thread, when SIGTERM or Ctrl-C comes.
+
+    Also where the main thread is in DuckDB, which waits for its own threads and does not always look at signals.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield  # signals are the main thread's affair
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        wake()
-        handler = before[signal.Signals(number)]
-        assert callable(handler)
-        handler(number, frame)
+    def watch() -> None:
+        while number := receiver.recv(1):  # empty when the sender is closed
+            if number[0] in (signal.SIGTERM, signal.SIGINT):
+                wake()
 
-    heeded = [number for number, handler in before.items() if callable(handler)]
-    for number in heeded:
-        signal.signal(number, handle)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
-        for number in heeded:
-            signal.signal(number, before[number])
+        signal.set_wakeup_fd(before)
+        sender.close()
+        watcher.join()
+        receiver.close()
 
 
 def what_is_left(out: Path) -> str:
