@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .atomic import full_disk_explained, sync, undisturbed
 from .errors import UserError, counted
+from .locations import is_uri
 from .locks import is_locked, open_lock
 from .preparation.options import EngineName, PrepareOptions
 from .schema import DATASET_FILE, HISTORIES_FOLDER, DatasetInfo, HistoryFile, SourceFile, Vocabulary, file_sha256
@@ -114,12 +115,16 @@ def _check_are_new(info: DatasetInfo, files: tuple[SourceFile, ...]) -> None:
     """Raises UserError for a log that the dataset holds, under whatever name."""
     known = {source.sha256: source.path for source in info.sources if source.sha256}
     # Of older datasets, whose sources have no checksum.
-    places = {(Path(source.path).resolve(), source.bytes): source.path for source in info.sources if not source.sha256}
+    places = {(_place(source.path), source.bytes): source.path for source in info.sources if not source.sha256}
     for file in files:
-        was = known.get(file.sha256) or places.get((Path(file.path).resolve(), file.bytes))
+        was = known.get(file.sha256) or places.get((_place(file.path), file.bytes))
         if was is not None:
             name = "" if was == file.path else f", as {was}"
             raise UserError(f"{file.path} is in {info.root} already{name}; append newer logs only")
+
+
+def _place(path: str) -> str:
+    return path if is_uri(path) else str(Path(path).resolve())
 
 
 def _check_files(info: DatasetInfo, report: Callable[[str], None]) -> None:

@@ -5,6 +5,7 @@ import glob
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -137,6 +138,35 @@ def undisturbed() -> Iterator[None]:
                 handler(came, frame)
             elif handler == signal.SIG_DFL:
                 os.kill(os.getpid(), came)
+
+
+@contextmanager
+def waking(wake: Callable[[], None]) -> Iterator[None]:
+    """Call `wake`, in a thread, when SIGTERM or Ctrl-C comes.
+
+    Also where the main thread is in DuckDB, which waits for its own threads and does not always look at signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's affair
+        return
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while number := receiver.recv(1):  # empty when the sender is closed
+            if number[0] in (signal.SIGTERM, signal.SIGINT):
+                wake()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        sender.close()
+        watcher.join()
+        receiver.close()
 
 
 def what_is_left(out: Path) -> str:

@@ -49,6 +49,20 @@ def without_keys(address: str) -> str:
     return f"{scheme}://{user}{place}" + (f"?{urlencode(options)}" if options else "")
 
 
+def split(address: str) -> tuple[str, str]:
+    """An address of the folder that `*` and `[` do not concern, with its keys and options, and what follows below it.
+
+    The latter is empty where the address is a whole bucket or host.
+    """
+    scheme, user, place, query = _parts(address)
+    parts = place.rstrip("/").split("/")
+    first_pattern = next((number for number, part in enumerate(parts) if "*" in part or "[" in part), len(parts))
+    end = max(min(first_pattern, len(parts) - 1), 1)
+    folder = "/".join(parts[:end]) or "/"
+    keys, options = f"{user}@" if user else "", f"?{query}" if query else ""
+    return f"{scheme}://{keys}{folder}{options}", "/".join(parts[end:])
+
+
 def local_path(text: str) -> Path:
     """The type of an argument that has to be a path of this machine; an address of a store is refused."""
     if is_uri(text):

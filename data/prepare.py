@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from .atomic import give_name, run_until_signalled, sync, sync_tree, temporary_beside, what_is_left
 from .errors import UserError, counted
-from .locations import local_path
+from .locations import is_uri, shown
 from .preparation.options import ENGINES, PrepareOptions
 from .schema import ITEMS_FILE, Counts, DatasetInfo, Minimums
 
@@ -68,6 +68,7 @@ def _build(engine: "Engine", log: "Log", options: PrepareOptions, root: Path, re
         split.events_in_order(engine, options, staged),
         staged.columns,
         root,
+        text_bytes=staged.text_bytes,
         num_users=totals["users"],
         num_items=totals["items"],
         report=report,
@@ -98,8 +99,15 @@ def _report_totals(out: Path, info: DatasetInfo, report: Report) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ultrarec prepare` on `parser`."""
     add = parser.add_argument
-    add("logs", nargs="+", metavar="LOG", help="Parquet or CSV files, folders, globs, or sample:kuairand")
-    add("--out", required=True, type=local_path, metavar="DIR", help="folder of the prepared dataset; must not exist")
+    add(
+        "logs",
+        nargs="+",
+        metavar="LOG",
+        help="Parquet or CSV files, folders, globs, local or s3://…, gs://…, hdfs://…; or sample:kuairand",
+    )
+    add(
+        "--out", required=True, type=_local_folder, metavar="DIR", help="folder of the prepared dataset; must not exist"
+    )
     add("--append", action="store_true", help="add newer logs to the dataset at --out, with its columns and split")
     add("--user", metavar="COL", help="user id: integers or strings")
     add("--item", metavar="COL", help="item id: integers or strings")
@@ -119,6 +127,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, metavar="N", help="of DuckDB; default: all cores")
     add("--csv-delimiter", metavar="TEXT", help="between CSV fields, for example '::' (default: detected)")
     add("--csv-columns", default="", metavar="NAMES", help="comma-separated names for CSV files without a header line")
+
+
+def _local_folder(text: str) -> Path:
+    if is_uri(text):
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is in an object store; prepare in a folder of this machine, then copy it there with the "
+            "store's own tool"
+        )
+    return Path(text)
 
 
 def options_of(args: argparse.Namespace) -> PrepareOptions:

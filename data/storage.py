@@ -8,8 +8,9 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
@@ -36,15 +37,52 @@ class MissingFileError(UserError):
     """There is no such file, and the store is sure of it."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Purpose:
+    """What a store is read for, as far as messages differ."""
+
+    argument: str
+    """Stands before the address that was given."""
+    restore: str
+    """What to do about a file that is not there."""
+    keys: str
+    """Where to give them."""
+    again: str
+    """How to go on when the store is back."""
+
+
+DATASET = Purpose(
+    argument="data.path=",
+    restore="restore it, or prepare the dataset again",
+    keys="no file of a run keeps those of an address, so give them as the store's own tools take them, or in data.path",
+    again="start again to continue; data.retry_seconds says how long to try",
+)
+LOG = Purpose(
+    argument="LOG ",
+    restore="restore it, or leave it out of the log",
+    keys="give them as the store's own tools take them, or in the address",
+    again="prepare again: nothing was written",
+)
+
+
+class Found(NamedTuple):
+    """A file as a store lists it."""
+
+    relative: str
+    size: int
+    modified: int
+    """Seconds since 1970; 0 where the store does not say. Some tell more when they list than when they are asked."""
+
+
 class Storage:
-    """The folder of a dataset: a local path, or a URI that pyarrow knows (s3://, gs://, hdfs://, file://).
+    """A folder, by default that of a dataset: a local path, or a URI that pyarrow knows (s3://, gs://, hdfs://, file://).
 
     Credentials and endpoints come from the URI (`?endpoint_override=…&region=…`) or from where the store's own tools
     take them, such as AWS_* variables; messages never repeat them.
     """
 
-    def __init__(self, path: str, *, retry_seconds: float = RETRY_SECONDS) -> None:
-        self._path, self._shown = path, shown(path)
+    def __init__(self, path: str, *, retry_seconds: float = RETRY_SECONDS, purpose: Purpose = DATASET) -> None:
+        self._path, self._shown, self._purpose = path, shown(path), purpose
         self._patience = _Patience(retry_seconds)
         if not is_uri(path):
             self._files, self._base = fs.LocalFileSystem(), path
@@ -53,7 +91,7 @@ class Storage:
             self._files, self._base = fs.FileSystem.from_uri(_impatient(path, retry_seconds))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(
-                f"data.path={self._shown} cannot be opened ({redacted(first_line(error), known=path)}); give a "
+                f"{purpose.argument}{self._shown} cannot be opened ({redacted(first_line(error), known=path)}); give a "
                 "folder, or a URI with one of s3://, gs://, hdfs://, in which special characters of a key are escaped"
             ) from None
 
@@ -81,6 +119,31 @@ class Storage:
         """Wake whoever waits for the store, and give up."""
         self._patience.end()
 
+    def find(self, relative: str, *, recursive: bool) -> list[Found]:
+        """The file of that name, or all files in the folder of that name, sorted; none if there is neither.
+
+        Raises as `open` does.
+        """
+
+        def search() -> list[fs.FileInfo]:
+            place = f"{self._base}/{relative}".rstrip("/")
+            [info] = self._files.get_file_info([place])
+            if info.type != fs.FileType.Directory:
+                return [info]
+            return self._files.get_file_info(fs.FileSelector(place, recursive=recursive))
+
+        return sorted(self._found(self.patiently(search, self.name_of(relative).rstrip("/"))))
+
+    def look_up(self, relative: Sequence[str]) -> list[Found]:
+        """What is there now of these files, in their order. Raises as `open` does."""
+        places = [f"{self._base}/{each}" for each in relative]
+        return self._found(self.patiently(lambda: self._files.get_file_info(places), self._shown))
+
+    def _found(self, infos: Sequence[fs.FileInfo]) -> list[Found]:
+        begin = len(self._base.rstrip("/")) + 1
+        files = [each for each in infos if each.type == fs.FileType.File]
+        return [Found(each.path[begin:], each.size, (each.mtime_ns or 0) // 10**9) for each in files]
+
     def native(self, relative: str) -> pa.NativeFile:
         """What pyarrow opens; OSError where that fails."""
         return self._files.open_input_file(f"{self._base}/{relative}")
@@ -101,13 +164,12 @@ class Storage:
             else:
                 self._patience.recovered(what, time.monotonic() - begin)
                 return result
-            _raise_if_final(failure, reason, what)
+            _raise_if_final(failure, reason, what, self._purpose)
             waited = time.monotonic() - begin
             if not self._patience.waits(what, reason, attempts=attempts, waited=waited):
                 raise StorageError(
                     f"{what} cannot be read: {counted(attempts, 'attempt')} in {waited:.0f} seconds failed ({reason}); "
-                    "check the storage and the network, then start again to continue; data.retry_seconds says how long "
-                    "to try"
+                    f"check the storage and the network, then {self._purpose.again}"
                 ) from None
 
 
@@ -211,17 +273,15 @@ def _opened(file: pa.NativeFile) -> tuple[pa.NativeFile, int]:
     return file, file.size()
 
 
-def _raise_if_final(failure: OSError, reason: str, what: str) -> None:
+def _raise_if_final(failure: OSError, reason: str, what: str, purpose: Purpose) -> None:
     if isinstance(failure, FileNotFoundError) and not _REFUSED.search(reason):
-        raise MissingFileError(
-            f"{what} cannot be read: there is no such file; restore it, or prepare the dataset again"
-        ) from None
+        raise MissingFileError(f"{what} cannot be read: there is no such file; {purpose.restore}") from None
     if isinstance(failure, (IsADirectoryError, NotADirectoryError)):
-        raise UserError(f"{what} cannot be read ({reason}); restore it, or prepare the dataset again") from None
+        raise UserError(f"{what} cannot be read ({reason}); {purpose.restore}") from None
     if isinstance(failure, (FileNotFoundError, PermissionError)) or _REFUSED.search(reason):
         raise UserError(
-            f"{what} cannot be read ({reason}); check the path and its permissions, and, of a store, the keys: no file "
-            "of a run keeps those of an address, so give them as the store's own tools take them, or in data.path"
+            f"{what} cannot be read ({reason}); check the path and its permissions, and, of a store, the keys: "
+            f"{purpose.keys}"
         ) from None
 
 

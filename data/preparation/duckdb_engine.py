@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from ..errors import UserError, first_line
 from .conversion import Part
+from .log_files import LogFiles
 from .options import MEMORY_LIMIT
-from .sources import Log, quote_name
+from .sources import PROTOCOL, Log, quote_name
 from .streams import ROWS_PER_BATCH, Stream
 
 SECONDS_BETWEEN_REPORTS = 5.0
@@ -28,11 +29,15 @@ class DuckDbEngine:
     def __init__(self, database: duckdb.DuckDBPyConnection, report: Callable[[str], None]) -> None:
         self.database = database
         self._report = report
+        self._files: LogFiles | None = None
 
     def stage(self, log: Log, parts: list[Part]) -> dict[str, str]:
         """Read the log once, in file order: DuckDB's `rowid` is then the place of an event in the log."""
+        self._files = LogFiles(log.paths)
+        self.database.register_filesystem(self._files)
         try:
-            self.create("staged_rows", f"SELECT {wanted_columns(parts)} FROM {log.relation()}", progress="reading")
+            with self._files.watched():
+                self.create("staged_rows", f"SELECT {wanted_columns(parts)} FROM {log.relation()}", progress="reading")
         except (duckdb.OutOfMemoryException, duckdb.InterruptException):
             raise
         except duckdb.Error as error:
@@ -42,8 +47,10 @@ class DuckDbEngine:
 
     def place(self, log: Log, row: int) -> str:
         """Count the rows of one file after the other."""
+        assert self._files is not None, "place before stage"
         for name, path in zip(log.names, log.paths, strict=True):
-            [(rows,)] = self.rows(f"SELECT count(*) FROM {log.relation([path])}")
+            with self._files.watched():
+                [(rows,)] = self.rows(f"SELECT count(*) FROM {log.relation([path])}")
             if row < rows:
                 return f"{name}, row {row + 1}"
             row -= rows
@@ -143,10 +150,10 @@ def wanted_columns(parts: list[Part]) -> str:
 
 def unreadable(error: duckdb.Error) -> UserError:
     """DuckDB's message without its advice, which names options of DuckDB."""
-    text = str(error).split("Possible ")[0]
+    text = str(error).replace(f"{PROTOCOL}://", "").split("Possible ")[0]
     summary = "; ".join(line.strip() for line in text.splitlines() if line.strip())
     file = re.search(r"^\s*file = (.+)$", str(error), re.MULTILINE)
-    named = f"{file.group(1)}: {summary}" if file else summary
+    named = f"{file.group(1).removeprefix(f'{PROTOCOL}://')}: {summary}" if file else summary
     return UserError(f"the log cannot be read: {named}; mend the file or write it again")
 
 

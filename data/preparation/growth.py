@@ -56,7 +56,7 @@ def grow(
     users = RowStream(engine.stream("SELECT row, user_id, num_new FROM users ORDER BY user_row"))
     events = events_in_order(engine, options, staged)
     writer = HistoryWriter(root, first_number=first_number)
-    growth = _Growth(info, events, writer, ties_need_the_log=staged.ties_need_the_log)
+    growth = _Growth(info, events, writer, staged)
     growth.items.counts = _item_counts(engine, info)
     progress = Progress(report, noun="users with new events", total=sum(touched.values()))
     for number, file in enumerate(info.files):
@@ -65,7 +65,8 @@ def grow(
         else:
             growth.keep(file)
         progress.show(growth.users_done)
-    for chunk in _chunks(users, new_users, info):
+    most_events = events_per_row_group(info.columns, staged.text_bytes)
+    for chunk in _chunks(users, new_users, most_users=users_per_row_group(info.counts.users), most_events=most_events):
         growth.add(_without_events(schema, chunk["user_id"]), chunk["num_new"].to_numpy())
         progress.show(growth.users_done)
     growth.finish_file()
@@ -85,7 +86,7 @@ def grow(
 class _Growth:
     """The files of the dataset to be, and all that is counted over them."""
 
-    def __init__(self, info: DatasetInfo, events: RowStream, writer: HistoryWriter, *, ties_need_the_log: bool) -> None:
+    def __init__(self, info: DatasetInfo, events: RowStream, writer: HistoryWriter, staged: Staged) -> None:
         self.files: list[HistoryFile] = []
         self.totals: dict[str, int] = asdict(info.counts)
         self.lengths = LengthCounter()
@@ -94,7 +95,8 @@ class _Growth:
         self._info = info
         self._events = events
         self._writer = writer
-        self._ties_need_the_log = ties_need_the_log
+        self._ties_need_the_log = staged.ties_need_the_log
+        self._most_events = events_per_row_group(info.columns, staged.text_bytes)
 
     def keep(self, file: HistoryFile) -> None:
         """Leave the file as it is."""
@@ -147,7 +149,7 @@ class _Growth:
         self._count(old, sign=-1)
         self._count(histories, sign=1)
         self.lengths.add(histories["num_events"].to_numpy())
-        for group in row_groups(histories["num_events"].to_numpy(), events_per_row_group(self._info.columns)):
+        for group in row_groups(histories["num_events"].to_numpy(), self._most_events):
             self._writer.write(histories.slice(group.start, len(group)))
 
     def _count(self, table: pa.Table, *, sign: int) -> None:
@@ -266,9 +268,8 @@ def _row_groups_of(path: Path, columns: list[str] | None = None) -> Iterator[pa.
             yield file.read_row_group(number, columns=columns)
 
 
-def _chunks(users: RowStream, num_users: int, info: DatasetInfo) -> Iterator[pa.Table]:
+def _chunks(users: RowStream, num_users: int, *, most_users: int, most_events: int) -> Iterator[pa.Table]:
     """The next `num_users` users in portions that make a row group each."""
-    most_users, most_events = users_per_row_group(info.counts.users), events_per_row_group(info.columns)
     for start in range(0, num_users, most_users):
         portion = users.take(min(most_users, num_users - start))
         for group in row_groups(portion["num_new"].to_numpy(), most_events):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ..errors import UserError
+from ..locations import is_uri, shown
 from ..schema import BUILT_IN_COLUMNS, MAX_ACTIONS, Roles
 
 EngineName = Literal["duckdb", "spark"]
@@ -20,7 +21,8 @@ class PrepareOptions:
     """What to prepare, and how; raises UserError where the options contradict each other."""
 
     logs: tuple[str, ...]
-    """Files, folders, globs, or "sample:NAME" for a log that comes with ultrarec; read in this order."""
+    """Files, folders and globs, local or addresses of a store (s3://, gs://, hdfs://, file://), or "sample:NAME" for a
+    log that comes with ultrarec; read in this order."""
     out: Path
     """Folder of the prepared dataset; must not exist yet."""
     user: str
@@ -118,6 +120,12 @@ class PrepareOptions:
     def _check_limits(self) -> None:
         if not self.logs:
             raise UserError("no log given; name Parquet or CSV files, a folder, a glob, or sample:kuairand")
+        remote = next((log for log in self.logs if is_uri(log)), None)
+        if remote and self.engine == "spark":
+            raise UserError(
+                f"{shown(remote)}: --engine spark reads logs from file systems that are mounted where its executors "
+                "run; mount the store there, or let DuckDB read it: --engine duckdb"
+            )
         for option, value in (
             ("--min-user-events", self.min_user_events),
             ("--min-item-events", self.min_item_events),

@@ -3,20 +3,22 @@
 import csv
 import glob
 import gzip
+import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import pyarrow
 import pyarrow.parquet
 
 from ..errors import UserError, counted, first_line
-from ..locations import is_uri, shown
+from ..locations import is_uri
 from ..schema import SourceFile, file_sha256
 from .options import PrepareOptions
+from .remote import RemoteFile, remote_files
 
 SAMPLES = {"kuairand": Path(__file__).parent.parent / "sample" / "kuairand_pure.parquet"}
 """Logs that come with ultrarec, as "sample:NAME"."""
@@ -26,14 +28,19 @@ CSV_SUFFIXES = (".csv", ".tsv", ".dat", ".csv.gz", ".tsv.gz", ".dat.gz")
 DELIMITERS = ("::", "\t", ",", ";", "|")
 """Detected in this order of preference; "::" first, because a lone ":" occurs in clock times."""
 
+PROTOCOL = "ultrarec"
+"""Before the address of a remote file, where DuckDB shall ask us for it and nobody else."""
+
+LogPath = Path | RemoteFile
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Log:
     """The files of a log, all of one format, in reading order."""
 
     names: tuple[str, ...]
-    """As recorded in the dataset: the path, or "sample:NAME"."""
-    paths: tuple[Path, ...]
+    """As recorded in the dataset: the path, the address without keys, or "sample:NAME"."""
+    paths: tuple[LogPath, ...]
     format: Literal["parquet", "csv"]
     delimiter: str = ","
     header: bool = True
@@ -43,16 +50,20 @@ class Log:
     @property
     def num_bytes(self) -> int:
         """Size of all files, as stored."""
-        return sum(path.stat().st_size for path in self.paths)
+        return sum(map(_size, self.paths))
 
     def describe(self) -> tuple[SourceFile, ...]:
-        """The files as `dataset.json` lists them; reads them all."""
+        """The files as `dataset.json` lists them; reads all that are not in a store."""
         files = zip(self.names, self.paths, strict=True)
-        return tuple(SourceFile(path=name, bytes=path.stat().st_size, sha256=file_sha256(path)) for name, path in files)
+        return tuple(SourceFile(path=name, bytes=_size(path), sha256=_sha256(path)) for name, path in files)
 
-    def relation(self, paths: Sequence[Path] | None = None) -> str:
+    def local_paths(self) -> list[Path]:
+        """The files, none of which is in a store."""
+        return [path for path in self.paths if isinstance(path, Path)]
+
+    def relation(self, paths: Sequence[LogPath] | None = None) -> str:
         """SQL table function over `paths` (all files by default); CSV columns are all VARCHAR."""
-        files = ", ".join(quote_text(glob.escape(str(path))) for path in paths or self.paths)
+        files = ", ".join(map(_quote_path, paths or self.paths))
         if self.format == "parquet":
             return f"read_parquet([{files}], union_by_name=true, hive_partitioning=false)"
         columns = ", ".join(f"{quote_text(name)}: 'VARCHAR'" for name in self.csv_columns)
@@ -75,12 +86,13 @@ def quote_name(name: str) -> str:
 def find_log(options: PrepareOptions) -> Log:
     """Resolve the LOG arguments and make sure that every file has the columns that the options name."""
     found = [file for log in options.logs for file in _files_of(log)]
-    repeated = [str(path) for path, count in Counter(path.resolve() for _, path in found).items() if count > 1]
+    places = Counter(path.resolve() if isinstance(path, Path) else path for _, path in found)
+    repeated = [str(path) for path, count in places.items() if count > 1]
     if repeated:
         raise UserError(f"{repeated[0]} is given more than once; each file of a log is read once")
     names, paths = zip(*found, strict=True)
     for path in paths:
-        if path.stat().st_size == 0:
+        if _size(path) == 0:
             raise UserError(f"{path} is empty (0 bytes); remove it from the log")
     formats = [_format_of(path) for path in paths]
     if len(set(formats)) > 1:
@@ -91,13 +103,13 @@ def find_log(options: PrepareOptions) -> Log:
     return _csv_log(names, paths, options)
 
 
-def _parquet_log(names: tuple[str, ...], paths: tuple[Path, ...], options: PrepareOptions) -> Log:
+def _parquet_log(names: tuple[str, ...], paths: tuple[LogPath, ...], options: PrepareOptions) -> Log:
     for path in paths:
         _check_columns(path, _parquet_columns(path), options)
     return Log(names=names, paths=paths, format="parquet")
 
 
-def _csv_log(names: tuple[str, ...], paths: tuple[Path, ...], options: PrepareOptions) -> Log:
+def _csv_log(names: tuple[str, ...], paths: tuple[LogPath, ...], options: PrepareOptions) -> Log:
     delimiter = options.csv_delimiter or _detect_delimiter(_first_line(paths[0]))
     columns = options.csv_columns or tuple(_split_line(_first_line(paths[0]), delimiter))
     if len(set(columns)) < len(columns):
@@ -120,12 +132,12 @@ def _csv_log(names: tuple[str, ...], paths: tuple[Path, ...], options: PrepareOp
     return Log(names=names, paths=paths, format="csv", delimiter=delimiter, header=header_line, csv_columns=columns)
 
 
-def _files_of(log: str) -> list[tuple[str, Path]]:
+def _files_of(log: str) -> Sequence[tuple[str, LogPath]]:
     """(recorded name, path) of the files that one LOG argument stands for; globs and folders sorted by name."""
     if log.startswith("sample:"):
         return [(log, _sample(log.removeprefix("sample:")))]
     if is_uri(log):
-        raise UserError(f"{shown(log)}: logs are read from local files; copy it here first")
+        return [(str(file), file) for file in remote_files(log, PARQUET_SUFFIXES + CSV_SUFFIXES)]
     path = Path(log)
     if path.is_dir():
         suffixes = PARQUET_SUFFIXES + CSV_SUFFIXES
@@ -156,19 +168,20 @@ def _sample(name: str) -> Path:
     return SAMPLES[name]
 
 
-def _format_of(path: Path) -> Literal["parquet", "csv"]:
+def _format_of(path: LogPath) -> Literal["parquet", "csv"]:
     if path.name.lower().endswith(PARQUET_SUFFIXES):
         return "parquet"
     try:
-        with path.open("rb") as file:
+        with _open(path) as file:
             return "parquet" if file.read(4) == b"PAR1" else "csv"
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
 
 
-def _parquet_columns(path: Path) -> list[str]:
+def _parquet_columns(path: LogPath) -> list[str]:
     try:
-        return pyarrow.parquet.read_schema(path).names
+        with _open(path) as file:
+            return pyarrow.parquet.read_schema(file).names
     except PermissionError as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}); check its permissions") from error
     except (OSError, pyarrow.ArrowException) as error:
@@ -178,11 +191,28 @@ def _parquet_columns(path: Path) -> list[str]:
         ) from error
 
 
-def _first_line(path: Path) -> str:
+def _size(path: LogPath) -> int:
+    return path.size if isinstance(path, RemoteFile) else path.stat().st_size
+
+
+def _sha256(path: LogPath) -> str:
+    """Empty for a file in a store: it would have to be fetched once more for it."""
+    return "" if isinstance(path, RemoteFile) else file_sha256(path)
+
+
+def _open(path: LogPath) -> BinaryIO:
+    return io.BufferedReader(path.open()) if isinstance(path, RemoteFile) else path.open("rb")
+
+
+def _quote_path(path: LogPath) -> str:
+    return quote_text(f"{PROTOCOL}://{path}" if isinstance(path, RemoteFile) else glob.escape(str(path)))
+
+
+def _first_line(path: LogPath) -> str:
     compressed = path.name.lower().endswith(".gz")
     try:
-        with gzip.open(path, "rb") if compressed else path.open("rb") as file:
-            return file.readline().decode("utf-8-sig").rstrip("\r\n")
+        with _open(path) as file, gzip.GzipFile(fileobj=file) if compressed else file as lines:
+            return lines.readline().decode("utf-8-sig").rstrip("\r\n")
     except PermissionError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     except (OSError, EOFError, UnicodeDecodeError) as error:
@@ -203,7 +233,7 @@ def _split_line(line: str, delimiter: str) -> list[str]:
     return next(csv.reader([line], delimiter=delimiter), [])
 
 
-def _check_columns(path: Path, present: Iterable[str], options: PrepareOptions) -> None:
+def _check_columns(path: LogPath, present: Iterable[str], options: PrepareOptions) -> None:
     names = list(present)
     for option, wanted in options.parts():
         if wanted not in names:

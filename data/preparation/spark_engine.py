@@ -57,6 +57,7 @@ _LARGEST = 2**63 - 1
 FUNCTIONS = (
     "divide(a BIGINT, b BIGINT) RETURNS BIGINT RETURN a DIV b",
     f"epoch_us(x TIMESTAMP) RETURNS BIGINT RETURN IF(abs(unix_micros(x)) = {_LARGEST}, NULL, unix_micros(x))",
+    "strlen(x STRING) RETURNS BIGINT RETURN octet_length(x)",
     f"epoch_ns(x BIGINT) RETURNS BIGINT RETURN IF(abs(x) = {_LARGEST}, NULL, x)",
 )
 SETTINGS = {
@@ -80,7 +81,7 @@ class SparkEngine:
         """Read nothing yet: every statement reads the columns it needs."""
         types = types_of(log, parts)
         alike = defaultdict(list)  # Spark reads files of one schema at a time
-        for number, path in enumerate(log.paths):
+        for number, path in enumerate(log.local_paths()):
             schema = pq.read_schema(path)
             alike[tuple(str(schema.field(part.name).type) for part in parts)].append((number, path))
         frames = []
@@ -175,7 +176,7 @@ class SparkEngine:
         return numbered.select(row, *read.columns[2:])
 
     def _check_rows(self, log: Log) -> None:
-        expected = sum(pq.read_metadata(path).num_rows for path in log.paths)
+        expected = sum(pq.read_metadata(path).num_rows for path in log.local_paths())
         [(rows,)] = self.rows("SELECT count(*) FROM staged")
         if rows != expected:
             raise RuntimeError(f"Spark reads {rows} rows of a log whose files have {expected}; nothing was written")

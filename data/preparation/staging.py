@@ -27,6 +27,8 @@ class Staged:
     """int64 or string, both."""
     ties_need_the_log: bool
     """Whether events of equal `time` are ordered by something that the histories do not keep."""
+    text_bytes: dict[str, int]
+    """How long the strings of a declared column are on average, in bytes, rounded up; for the columns of strings."""
     readings: dict[str, Reading]
     """How the fields of a CSV log are read, by staged name; none where the log has types."""
 
@@ -48,16 +50,25 @@ def stage(engine: Engine, log: Log, options: PrepareOptions, *, report: Callable
     _define_log(engine, conversions, num_actions=len(options.actions))
     read_types = types | {staged: reading.type for staged, reading in readings.items()}
     kinds: dict[str, ColumnKind] = {"--column": "event", "--user-column": "user"}
+    declared = declared_parts(options)
     return Staged(
         columns={
-            part.name: Column(kind=kinds[part.option], type=ARROW_TYPES[read_types[part.staged]])
-            for part in declared_parts(options)
+            part.name: Column(kind=kinds[part.option], type=ARROW_TYPES[read_types[part.staged]]) for part in declared
         },
+        text_bytes=_text_bytes(engine, [part for part in declared if read_types[part.staged] == "VARCHAR"]),
         user_id=_id_type(read_types["user_id"]),
         item_id=_id_type(read_types["item_id"]),
         ties_need_the_log=options.order is not None or conversions["time"].moment is not None,
         readings=readings,
     )
+
+
+def _text_bytes(engine: Engine, parts: list[Part]) -> dict[str, int]:
+    if not parts:
+        return {}
+    sums = ", ".join(f"CAST(sum(strlen({part.staged})) AS BIGINT)" for part in parts)
+    total, *lengths = row_of(engine, f"SELECT count(*), {sums} FROM log")
+    return {part.name: -(-(length or 0) // total) for part, length in zip(parts, lengths, strict=True)}
 
 
 def _id_type(type_name: str) -> pa.DataType:

@@ -27,8 +27,8 @@ BYTES_PER_ROW_GROUP = 12 << 20
 """Of the decoded lists; a longer history has a row group to itself."""
 BYTES_PER_EVENT = 24
 """Of items, timestamps and actions."""
-BYTES_PER_STRING = 16
-"""Assumed for declared columns of strings."""
+BYTES_PER_OFFSET = 4
+"""Of a string, besides its text."""
 ROW_GROUPS_PER_FILE = 64
 SECONDS_BETWEEN_REPORTS = 5.0
 
@@ -108,23 +108,24 @@ def write_histories(
     columns: Mapping[str, Column],
     root: Path,
     *,
+    text_bytes: Mapping[str, int],
     num_users: int,
     num_items: int,
     report: Callable[[str], None],
 ) -> Written:
     """Write histories to `root`/histories, in the order of the two streams.
 
-    The streams are those of `split.users_in_order` and `split.events_in_order`.
+    The streams are those of `split.users_in_order` and `split.events_in_order`, `text_bytes` is as in `Staged`.
     """
     writer = HistoryWriter(root)
     lengths, items = LengthCounter(), ItemCounter(np.zeros(num_items, np.int64))
     unknown = 0
-    users_per_group = users_per_row_group(num_users)
+    users_per_group, most_events = users_per_row_group(num_users), events_per_row_group(columns, text_bytes)
     progress = Progress(report, noun="users", total=num_users)
     for start in range(0, num_users, users_per_group):
         portion = users.take(users_per_group)
         lengths.add(portion["num_events"].to_numpy())
-        for group in row_groups(portion["num_events"].to_numpy(), events_per_row_group(columns)):
+        for group in row_groups(portion["num_events"].to_numpy(), most_events):
             chunk = portion.slice(group.start, len(group))
             histories = _histories(chunk, events.take(sum(chunk["num_events"].to_pylist())), columns)
             items.add(training_items(histories))
@@ -168,11 +169,16 @@ def users_per_row_group(num_users: int) -> int:
     return min(max(USERS_PER_ROW_GROUP, num_users // ENOUGH_ROW_GROUPS), MOST_USERS_PER_ROW_GROUP)
 
 
-def events_per_row_group(columns: Mapping[str, Column]) -> int:
-    """How many events a row group holds at most; further columns make events larger."""
-    types = [pa.type_for_alias(column.type) for column in columns.values() if column.kind == "event"]
-    widths = [BYTES_PER_STRING if pa.types.is_string(each) else max(each.bit_width // 8, 1) for each in types]
-    return BYTES_PER_ROW_GROUP // (BYTES_PER_EVENT + sum(widths))
+def events_per_row_group(columns: Mapping[str, Column], text_bytes: Mapping[str, int]) -> int:
+    """How many events a row group holds at most; further columns make events larger.
+
+    `text_bytes` is how long the strings of each column are on average. Those of users count too: until the newest of a
+    user is taken, every event has one.
+    """
+    fixed = [each for name, each in columns.items() if each.kind == "event" and name not in text_bytes]
+    widths = [max(pa.type_for_alias(each.type).bit_width // 8, 1) for each in fixed]
+    texts = [BYTES_PER_OFFSET + length for length in text_bytes.values()]
+    return max(BYTES_PER_ROW_GROUP // (BYTES_PER_EVENT + sum(widths) + sum(texts)), 1)
 
 
 def row_groups(num_events: Integers, most_events: int) -> list[range]:

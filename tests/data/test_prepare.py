@@ -12,7 +12,12 @@ import pytest
 from interaction_logs import histories, items, log_with_ties, original_items, prepare_log, write_csv, write_log
 
 from ultrarec.data.errors import UserError
-from ultrarec.data.preparation.writing import events_per_row_group, row_groups, users_per_row_group
+from ultrarec.data.preparation.writing import (
+    BYTES_PER_ROW_GROUP,
+    events_per_row_group,
+    row_groups,
+    users_per_row_group,
+)
 from ultrarec.data.schema import Column, DatasetInfo
 
 
@@ -95,8 +100,20 @@ def test_row_groups_are_bounded_in_events_and_a_longer_history_stands_alone():
 
 def test_row_groups_hold_fewer_events_of_more_columns():
     columns = {"a": Column(kind="event", type="double"), "b": Column(kind="event", type="string")}
-    assert events_per_row_group({}) == 2 * events_per_row_group(columns) == 1 << 19
-    assert events_per_row_group({"a": Column(kind="user", type="double")}) == 1 << 19
+    assert events_per_row_group({}, {}) == 2 * events_per_row_group(columns, {"b": 12}) == 1 << 19
+    assert events_per_row_group({"a": Column(kind="user", type="double")}, {}) == 1 << 19
+    assert events_per_row_group(columns, {"b": 1 << 30}) == 1
+
+
+def test_row_groups_of_long_strings_are_no_larger_than_others(tmp_path):
+    letters = np.random.default_rng(0).integers(97, 123, (10_000, 1_500), np.uint8)
+    log = log_with_ties(10_000, num_users=1_000) | {"text": [bytes(row).decode() for row in letters]}
+    info = prepare_log(tmp_path / "out", write_log(tmp_path / "log.parquet", log), columns=("text",))
+    [path] = info.history_paths
+    with pq.ParquetFile(path) as file:
+        sizes = [file.read_row_group(number).nbytes for number in range(file.num_row_groups)]
+    assert 0.9 * BYTES_PER_ROW_GROUP < max(sizes) < 1.1 * BYTES_PER_ROW_GROUP, sizes
+    assert sum(sizes) > 10_000 * 1_500
 
 
 def test_row_groups_grow_with_the_number_of_users_within_bounds():

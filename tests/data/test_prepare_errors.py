@@ -82,7 +82,6 @@ def test_contradicting_options_are_refused(tmp_path, options, message):
         ("missing.parquet", r"missing.parquet: no such file, and no file matches; check the path"),
         ("*.csv", r"\*.csv: no such file, and no file matches"),
         ("empty", "empty: no file in the folder ends in .parquet, .pq, .csv"),
-        ("s3://bucket/log.parquet", "s3://bucket/log.parquet: logs are read from local files; copy it here"),
         ("sample:netflix", "sample:netflix does not exist; there is sample:kuairand"),
         ("nothing.csv", r"nothing.csv is empty \(0 bytes\); remove it"),
         ("nothing.parquet", r"nothing.parquet is empty \(0 bytes\); remove it"),

@@ -1,15 +1,12 @@
 """Datasets in an S3 store, a real server on this machine that can be made to fail, and what the loader makes of it."""
 
-import socket
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from object_store import FAILURES, Proxy, fill, free_port, refuse
 from random_datasets import random_histories, write_dataset
 
 from ultrarec.data import storage
@@ -22,72 +19,6 @@ from ultrarec.launch.cli import main
 HISTORY = "part-00001.parquet"
 
 
-class Proxy(ThreadingHTTPServer):
-    """Hands requests on to a server, unless `misbehave(handler)` has done something else and says so."""
-
-    daemon_threads = True
-
-    def __init__(self, target):
-        super().__init__(("127.0.0.1", 0), Forward)
-        self.target = target
-        self.misbehave = lambda handler: False
-        self.failures = 0
-
-
-class Forward(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def forward(self):
-        if self.server.misbehave(self):
-            self.server.failures += 1
-            return
-        try:
-            headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
-            with urlopen(Request(self.server.target + self.path, headers=headers, method=self.command)) as answer:
-                self.answer(answer.status, answer.headers, answer.read())
-        except HTTPError as error:
-            self.answer(error.code, error.headers, error.read())
-
-    do_GET = do_HEAD = forward
-
-    def answer(self, status, headers, body):
-        self.send_response(status)
-        for name, value in headers.items():
-            if name.lower() not in ("connection", "transfer-encoding", "date", "server"):
-                self.send_header(name, value)
-        if "content-length" not in {name.lower() for name in headers}:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-def refuse(handler):
-    handler.answer(500, {"Content-Length": "0"}, b"")
-
-
-def reset(handler):
-    handler.connection.shutdown(socket.SHUT_RDWR)
-
-
-def hang_up_half_way(handler):
-    handler.send_response(206)
-    handler.send_header("Content-Length", "100000")
-    handler.end_headers()
-    handler.wfile.write(b"PAR1")
-    handler.connection.shutdown(socket.SHUT_RDWR)
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
-FAILURES = {"an error 500": refuse, "a reset connection": reset, "an answer that breaks off": hang_up_half_way}
-
-
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
     root = tmp_path_factory.mktemp("storage") / "dataset"
@@ -95,23 +26,10 @@ def local(tmp_path_factory):
     return write_dataset(root, histories, num_items=20, num_files=2, rows_per_group=4).root
 
 
-def filled(moto, local):
-    """The address of a server that is started, with the dataset in it."""
-    moto.start()
-    address = "http://{}:{}".format(*moto.get_host_and_port())
-    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
-    client = boto3.client("s3", endpoint_url=address, **keys)
-    client.create_bucket(Bucket="logs")
-    for path in local.rglob("*"):
-        if path.is_file():
-            client.upload_file(str(path), "logs", f"prepared/{path.relative_to(local)}")
-    return address
-
-
 @pytest.fixture(scope="module")
 def server(local):
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    yield filled(moto, local)
+    yield fill(moto, local, "prepared")
     moto.stop()
 
 
@@ -126,7 +44,7 @@ def own_server(local, monkeypatch):
     """A server that a test may stop, and the dataset's address in it."""
     monkeypatch.setattr(storage, "SILENT_SECONDS", 0.5)
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
-    host = filled(moto, local).removeprefix("http://")
+    host = fill(moto, local, "prepared").removeprefix("http://")
     yield moto, f"s3://key:secret@logs/prepared?scheme=http&endpoint_override={host}&region=us-east-1"
     moto.stop()
 
