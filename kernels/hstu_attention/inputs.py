@@ -99,7 +99,8 @@ def assert_values(offsets: Tensor, num_targets: Tensor | None, *, num_events: in
     """What check_values checks, by the device and without waiting for it; a RuntimeError on a CPU.
 
     On a GPU a device-side assertion ends the process at the next call that waits: without it, events that no sequence
-    holds would stay unwritten, and sequences behind the end be written over what lies there. Nine small kernels, or eleven.
+    holds would stay unwritten, and sequences behind the end be written over what lies there.
+    That takes nine small kernels, or eleven with targets.
     """
     first, last, lengths = offsets[:1], offsets[-1:], offsets.diff()
     rest = [] if num_targets is None else [num_targets, lengths - num_targets]
