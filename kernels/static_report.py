@@ -19,8 +19,9 @@ from . import sass
 from .hstu_attention.operator import Problem
 from .hstu_attention.triton_bias_launch import BiasPass
 from .hstu_attention.triton_blocks import Blocks
-from .hstu_attention.triton_launch import Launch, forward_launch, keys_launch, queries_launch
+from .hstu_attention.triton_launch import forward_launch, keys_launch, queries_launch
 from .hstu_attention.triton_padding import padded_problem
+from .launching import Launch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 NUM_PRODUCTS = {"forward": 2, "keys": 4, "queries": 3}
@@ -173,7 +174,7 @@ def usage_of(compiled: Any) -> tuple[int, int]:
 
 def describe(target: str, setting: Setting, name: str, launch: Launch, compiled: Any) -> Kernel:
     """What a launch costs once Triton has compiled it."""
-    variant = launch.variant
+    variant = launch.arguments["VARIANT"]
     registers, spilled = usage_of(compiled)
     bodies: list[list[sass.Instruction]] = []
     if "cubin" in compiled.asm:
@@ -196,7 +197,7 @@ def describe(target: str, setting: Setting, name: str, launch: Launch, compiled:
 
 def _loops(name: str, launch: Launch, width: int, bodies: list[list[sass.Instruction]]) -> tuple[Loop, ...]:
     """The loop over tiles that all see comes first; tiles at the edge are taken in parts, half as large or less."""
-    variant, num_warps = launch.variant, launch.options["num_warps"]
+    variant, num_warps = launch.arguments["VARIANT"], launch.options["num_warps"]
     edge = (variant.edge_rows, variant.keys) if name == "keys" else (variant.rows, variant.edge_keys)
     loops = []
     tiles = (("interior", variant.rows * variant.keys), ("boundary", edge[0] * edge[1]))

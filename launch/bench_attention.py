@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.errors import UserError
 from . import bench_static, bench_tune
 from .arguments import positive
+from .figures import check_folder, new_files
 
 if TYPE_CHECKING:
     from ..kernels.bench import Comparison
@@ -69,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     device = _device(args.device)
     dtype = args.dtype or ("fp32" if device == "cpu" else "bf16")
+    if args.out is not None:
+        check_folder(args.out)
     try:
         bench.check_results(dtype, device)
     except bench.WrongResults as wrong:
@@ -76,9 +79,9 @@ def run(args: argparse.Namespace) -> int:
         return 1
     report = _measure(args, device, dtype)
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "attention.json").write_text(json.dumps(report, indent=2) + "\n")
-        _plot(report, args.out / "attention.png")
+        with new_files(args.out) as folder:
+            (folder / "attention.json").write_text(json.dumps(report, indent=2) + "\n")
+            _plot(report, folder / "attention.png")
         print(f"\nwritten: {args.out / 'attention.json'}, {args.out / 'attention.png'}")
     return 0
 

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..data.errors import UserError
-from .outputs import make_folder
+from .figures import check_folder, new_files
 
 if TYPE_CHECKING:
     from ..trainer.checkpoint_bench import Round
@@ -42,11 +42,11 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit code."""
     if not args.where.is_dir():
         raise UserError(f"--where {args.where} is no folder; name one on the disk to measure")
-    if args.out is not None:
-        make_folder(args.out)
     needed, free = int(NEEDED_COPIES * args.gib * 2**30), shutil.disk_usage(args.where).free
     if free < needed:
         raise UserError(f"--gib {args.gib:g} needs {needed:,} bytes in {args.where.resolve()}, which has {free:,}")
+    if args.out is not None:
+        check_folder(args.out)
     previous = signal.signal(signal.SIGTERM, _end)
     try:
         with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=args.where) as folder:
@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     report = _report(measured, args)
     print(_page(report))
     if args.out is not None:
-        (args.out / "checkpoint.json").write_text(json.dumps(report, indent=2) + "\n")
+        with new_files(args.out) as folder:
+            (folder / "checkpoint.json").write_text(json.dumps(report, indent=2) + "\n")
         print(f"\nwritten: {args.out / 'checkpoint.json'}")
     return 0
 

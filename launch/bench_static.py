@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..data.errors import UserError
+from .figures import check_folder, new_files
 
 if TYPE_CHECKING:
     from ..kernels.static_report import Kernel
@@ -22,6 +23,8 @@ def run(args: argparse.Namespace) -> int:
     from ..kernels import bench, static_report
 
     targets = _targets(args.arch, static_report.ARCHITECTURES)
+    if args.out is not None:
+        check_folder(args.out)
     try:
         bench.check_kernels()
     except bench.WrongResults as wrong:
@@ -35,10 +38,10 @@ def run(args: argparse.Namespace) -> int:
         print(_lines(kernel), flush=True)
         kernels.append(asdict(kernel))
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / "attention_static.json"
-        path.write_text(json.dumps({"versions": _versions(), "kernels": kernels}, indent=2) + "\n")
-        print(f"\nwritten: {path}")
+        with new_files(args.out) as folder:
+            report = {"versions": _versions(), "kernels": kernels}
+            (folder / "attention_static.json").write_text(json.dumps(report, indent=2) + "\n")
+        print(f"\nwritten: {args.out / 'attention_static.json'}")
     return 0
 
 

@@ -28,7 +28,7 @@ from triton.runtime import driver
 from triton.runtime.cache import triton_key
 
 from ultrarec.kernels.hstu_attention.triton_blocks import table_of
-from ultrarec.kernels.hstu_attention.triton_launch import Launch
+from ultrarec.kernels.launching import Launch
 from ultrarec.kernels.static_report import ALL_MASKS, NUM_PRODUCTS, NoDevice, Setting, describe, launches_of
 
 RECORD = Path(__file__).parent / "golden" / "attention_kernels.jsonl"

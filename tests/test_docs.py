@@ -1,12 +1,16 @@
 """Pages that are written from the code say what the code says."""
 
 import importlib.util
+import json
+import re
 from pathlib import Path
 
 from ultrarec.launch.study import page, results
 from ultrarec.launch.study.config import load_study
 
 DOCS = Path(__file__).parent.parent / "docs"
+RECORD = Path(__file__).parent / "golden" / "attention_kernels.jsonl"
+KERNELS = {"forward": "forward", "gradients of k and v": "keys", "gradient of q": "queries"}
 
 
 def test_the_page_of_settings_is_the_configuration_tree():
@@ -28,3 +32,18 @@ def test_results_are_of_the_variants_as_they_are_now():
             assert found.study.variants[name] == now.variants[name], f"run study {path.stem} again with --page"
         for name in page.picture_names(found):
             assert (DOCS / "results" / f"{path.stem}-{name}.svg").is_file()
+
+
+def test_the_table_of_compiled_kernels_is_what_was_recorded_of_them():
+    """And each of their loops has one special-function instruction per score, as the page says."""
+    text = (DOCS / "attention.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([a-z ]+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    assert len(rows) == 2 * len(KERNELS)
+    recorded = [json.loads(line) for line in RECORD.read_text().splitlines()]
+    setting = {"target": "sm_90", "dtype": "bfloat16", "biased": False, "masked": False, "scale_per_query": False}
+    for width, name, *figures in rows:
+        wanted = setting | {"width": int(width), "name": KERNELS[name]}
+        (kernel,) = (each for each in recorded if each.items() >= wanted.items())
+        issued = [f"{loop['issued']:.2f}" for loop in kernel["loops"]]
+        assert [*issued, str(kernel["registers"]), str(kernel["spilled"])] == figures, (width, name)
+        assert [loop["by_kind"]["special"] for loop in kernel["loops"]] == [1, 1]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..dropout import scale_of_kept, threshold
 from ..dropout.triton import is_kept
-from ..launching import Launch
+from ..launching import Launch, contiguous
 from ..linear.triton import linear
 
 TILE = 2048
@@ -296,8 +296,8 @@ def _arguments(
     return {
         "u_ptr": u_TV,
         "a_ptr": a_THD.contiguous(),
-        "weight_ptr": norm_weight_V,
-        "bias_ptr": norm_bias_V,
+        "weight_ptr": contiguous(norm_weight_V),
+        "bias_ptr": contiguous(norm_bias_V),
         "seed_ptr": seed,
         "y_ptr": y_TY,
         "mean_ptr": mean,

@@ -76,7 +76,8 @@ def hstu_attention(
         `[T, H, Dv]` in the dtype of v; differentiable in q, k, v, the weights of the bias, and scale if it is a tensor.
 
     Raises:
-        ValueError: a shape, dtype, device or value breaks the rules above, or the backend is unknown.
+        ValueError: a shape, dtype, device or value breaks the rules above, or the backend is unknown. "triton" does
+            not wait for a GPU to read offsets and num_targets: wrong ones end in a device-side assertion there.
     """
     if backend not in IMPLEMENTATIONS:
         raise ValueError(f"backend={backend!r}; choose one of {sorted(IMPLEMENTATIONS)}")

@@ -12,6 +12,11 @@ from torch import Tensor
 from ..checks import DTYPES, names_of
 from .bias import RelativeBias
 
+WRONG_VALUES = (
+    "hstu_attention: offsets ascend from 0 to the number of events, by at most max_seq_len each; "
+    "num_targets are from 0 to the length of their sequence"
+)
+
 
 def check_attention(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *, num_targets: Tensor | None, max_seq_len: int
@@ -88,6 +93,20 @@ def check_values(
                 f"num_targets[{b}]={num} is outside 0..{length}, the events it has; targets are part of their sequence"
             )
     return bounds, targets
+
+
+def assert_values(offsets: Tensor, num_targets: Tensor | None, *, num_events: int, max_seq_len: int) -> None:
+    """What check_values checks, by the device and without waiting for it; a RuntimeError on a CPU.
+
+    On a GPU a device-side assertion ends the process at the next call that waits: without it, events that no sequence
+    holds would stay unwritten, and sequences behind the end be written over what lies there.
+    That takes nine small kernels, or eleven with targets.
+    """
+    first, last, lengths = offsets[:1], offsets[-1:], offsets.diff()
+    rest = [] if num_targets is None else [num_targets, lengths - num_targets]
+    slack = torch.cat([first, -first, last - num_events, num_events - last, lengths, max_seq_len - lengths, *rest])
+    # CUDA takes a message of at most 254 bytes.
+    torch._assert_async((slack >= 0).all(), WRONG_VALUES)
 
 
 def _check_integers(name: str, x: Tensor) -> None:

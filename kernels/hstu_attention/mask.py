@@ -28,7 +28,7 @@ class AttentionMask:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, int) or value < 0:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"AttentionMask {field.name}={value!r} is not a count; 0 switches it off")
 
     @property

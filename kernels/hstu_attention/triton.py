@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .inputs import check_values
+from .inputs import assert_values, check_values
 from .operator import Gradients, Problem, differentiable
 from .triton_bias_launch import BiasPass
 from .triton_blocks import target_of
@@ -53,20 +53,20 @@ def _backward(problem: Problem, dout: Tensor, needs_dscale: bool) -> Gradients:
 
 
 def _check(problem: Problem) -> None:
-    """Raise ValueError for what only this implementation refuses; on a GPU values are not read, which would stop it."""
+    """Raise ValueError for what only this implementation refuses; on a GPU it is the device that checks values."""
     q = problem.q
     if q.dtype == torch.float64:
         raise ValueError("backend='triton' takes no float64; choose backend='cpu', which runs on every device")
     widest = max(q.shape[2], problem.v.shape[2])
     if widest > 256:
         raise ValueError(f"backend='triton' takes heads up to 256 wide, not {widest}; choose backend='cpu'")
-    if q.device.type == "cpu":
-        if isinstance(forward_kernel, triton.runtime.JITFunction):
-            raise ValueError(
-                "backend='triton' got tensors on cpu; move them to a GPU, choose backend='cpu', or set "
-                "TRITON_INTERPRET=1 before Python starts, which interprets the kernels, slowly"
-            )
-        check_values(problem.offsets, problem.num_targets, num_events=q.shape[0], max_seq_len=problem.max_seq_len)
+    if q.device.type == "cpu" and isinstance(forward_kernel, triton.runtime.JITFunction):
+        raise ValueError(
+            "backend='triton' got tensors on cpu; move them to a GPU, choose backend='cpu', or set "
+            "TRITON_INTERPRET=1 before Python starts, which interprets the kernels, slowly"
+        )
+    check = check_values if q.device.type == "cpu" else assert_values
+    check(problem.offsets, problem.num_targets, num_events=q.shape[0], max_seq_len=problem.max_seq_len)
 
 
 attention = differentiable("hstu_attention_triton", _forward, _backward)

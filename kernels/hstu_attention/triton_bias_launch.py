@@ -8,19 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..launching import Launch
 from .operator import Problem
 from .triton_blocks import Blocks
 from .triton_kernels.bias_gradient import Buckets, bias_kernel
-from .triton_launch import (
-    Launch,
-    bias_of,
-    blocks_for,
-    events_of,
-    options_of,
-    scale_of,
-    sequences_of,
-    variant_of,
-)
+from .triton_launch import bias_of, blocks_for, events_of, options_of, scale_of, sequences_of, variant_of
 
 NUM_PROGRAMS = 2048
 """About how many programs there are if sequences allow it: several for every multiprocessor of any device."""
@@ -55,21 +47,21 @@ class BiasPass:
         if problem.time_weight is not None:
             sums = torch.zeros(NUM_COPIES, len(problem.time_weight), dtype=torch.int64, device=dout.device)
             buckets = Buckets(sums, _units_per_one(problem, dout), *sums.shape)
-        events = [events_of(x) for x in (problem.q, problem.k, problem.v, dout)]
-        arguments = (
-            *events,
-            bands,
-            buckets,
-            scale_of(problem),
-            sequences,
-            num_sequences,
-            num_chunks,
-            num_bands,
-            bias_of(problem),
-            problem.alpha / 2,
-        )
-        variant = variant_of(problem, blocks, target)
-        launch = Launch(bias_kernel, num_bands * num_chunks, arguments, variant, options_of(blocks, target))
+        arguments = {
+            **{name: events_of(x) for name, x in zip("qkv", problem[:3], strict=True)},
+            "dout": events_of(dout),
+            "bands": bands,
+            "buckets": buckets,
+            "scale": scale_of(problem),
+            "sequences": sequences,
+            "num_sequences": num_sequences,
+            "num_chunks": num_chunks,
+            "num_bands": num_bands,
+            "bias": bias_of(problem),
+            "half_alpha": problem.alpha / 2,
+            "VARIANT": variant_of(problem, blocks, target),
+        }
+        launch = Launch(bias_kernel, (num_bands * num_chunks,), arguments, options_of(blocks, target))
         return cls(problem.max_seq_len, sequences.num_tiles, bands, buckets, launch)
 
     def position_gradient(self) -> Tensor:

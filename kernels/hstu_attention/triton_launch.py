@@ -2,7 +2,6 @@
 
 # T = events of all sequences, B = sequences, H = heads, D = head width
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..launching import Launch, contiguous
 from .bias import bucket_thresholds
 from .operator import Problem
 from .triton_blocks import DESCRIPTOR_TARGETS, INTERPRETER, Blocks, blocks_of
@@ -20,28 +20,6 @@ from .triton_tuned import Shape, choices_for, device_name_of
 
 MAX_REGISTERS = 255
 """As many as a thread can have."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel, and all that it is called with."""
-
-    kernel: Any
-    num_programs: int
-    arguments: tuple[Any, ...]
-    variant: Variant
-    options: dict[str, int]
-
-    def start(self) -> None:
-        """Run it on the device of its tensors."""
-        if self.num_programs == 0:
-            return
-        with torch.cuda.device_of(self.arguments[0].data):  # type: ignore[no-untyped-call]
-            self.kernel[(self.num_programs,)](*self.arguments, self.variant, **self.options)
-
-    def compile(self) -> Any:
-        """Compile it for the active driver's target, without running it."""
-        return self.kernel.warmup(*self.arguments, self.variant, grid=(self.num_programs,), **self.options)
 
 
 def forward_launch(problem: Problem, out: Tensor, target: str, blocks: Blocks | None = None) -> Launch:
@@ -119,7 +97,8 @@ def sequences_of(problem: Problem, tile: int) -> Sequences:
     """Where the sequences are, for kernels with a program per `tile` events of each."""
     order = torch.argsort(problem.offsets.diff(), descending=True, stable=True)
     num_tiles = triton.cdiv(problem.max_seq_len, tile)
-    return Sequences(problem.offsets, problem.num_targets, order, problem.q.shape[1], num_tiles)
+    offsets, num_targets = problem.offsets.contiguous(), contiguous(problem.num_targets)
+    return Sequences(offsets, num_targets, order, problem.q.shape[1], num_tiles)
 
 
 def events_of(x_THD: Tensor) -> Events:
@@ -137,13 +116,15 @@ def bias_of(problem: Problem) -> Bias | None:
     bias = problem.bias
     if bias is None:
         return None
-    query_timestamps = bias.timestamps if bias.query_timestamps is None else bias.query_timestamps
-    if bias.time_weight is None:
-        return Bias(bias.position_weight, None, None, None, None, 0, problem.max_seq_len)
-    thresholds = bucket_thresholds(len(bias.time_weight) - 1, problem.q.device)
+    position_weight, time_weight = contiguous(bias.position_weight), contiguous(bias.time_weight)
+    if time_weight is None:
+        return Bias(position_weight, None, None, None, None, 0, problem.max_seq_len)
+    thresholds = bucket_thresholds(len(time_weight) - 1, problem.q.device)
     last = len(thresholds) - 1
-    times = (bias.timestamps, query_timestamps)
-    return Bias(bias.position_weight, bias.time_weight, *times, thresholds, last, problem.max_seq_len)
+    key_times = contiguous(bias.timestamps)
+    query_times = key_times if bias.query_timestamps is None else bias.query_timestamps.contiguous()
+    times = (key_times, query_times)
+    return Bias(position_weight, time_weight, *times, thresholds, last, problem.max_seq_len)
 
 
 def _tiles(x_THD: Tensor, rows: int, target: str) -> TensorDescriptor | None:
@@ -162,5 +143,6 @@ def _padded(width: int) -> int:
 
 def _launch(kernel: Any, problem: Problem, blocks: Blocks, target: str, sequences: Sequences, *events: Any) -> Launch:
     num_programs = (len(problem.offsets) - 1) * sequences.num_heads * sequences.num_tiles
-    arguments = (*events, scale_of(problem), sequences, bias_of(problem), problem.alpha / 2)
-    return Launch(kernel, num_programs, arguments, variant_of(problem, blocks, target), options_of(blocks, target))
+    inputs = (*events, scale_of(problem), sequences, bias_of(problem), problem.alpha / 2)
+    arguments = dict(zip(kernel.arg_names, (*inputs, variant_of(problem, blocks, target)), strict=True))
+    return Launch(kernel, (num_programs,), arguments, options_of(blocks, target))

@@ -43,8 +43,9 @@ def jagged_concat(
         `[L + R, ...]`.
 
     Raises:
-        ValueError: a shape, dtype, device or value breaks these rules (values of offsets are read on CPUs only, where
-            no device must wait for it), or the backend is unknown.
+        ValueError: a shape, dtype, device or value breaks these rules, or the backend is unknown. Values of offsets
+            are read on CPUs only, where nothing must wait for it; on a GPU wrong ones leave rows unwritten, or read
+            and write memory beside them.
     """
     check_pair(left, right)
     left_offsets, right_offsets = _checked(left, left_offsets, right_offsets, right_prefix)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..fp8 import check_native
 from ..fp8.triton import quantize
-from ..launching import Launch
+from ..launching import Launch, contiguous
 
 TILES = {
     torch.float32: (64, 64, 32),
@@ -129,7 +129,7 @@ def linear_launch(
     arguments = {
         "x_ptr": x_TK,
         "weight_ptr": weight_NK,
-        "bias_ptr": bias_N,
+        "bias_ptr": contiguous(bias_N),
         "residual_ptr": residual_TN,
         "out_ptr": out_TN,
         "before_ptr": before_TA,

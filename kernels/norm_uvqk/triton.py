@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launching import Launch
+from ..launching import Launch, contiguous
 from ..linear.triton import linear
 
 TILE = 4096
@@ -164,8 +164,8 @@ def norm_launch(
     tiles = _tiles(x_TE)
     arguments = {
         "x_ptr": x_TE,
-        "weight_ptr": weight_E,
-        "bias_ptr": bias_E,
+        "weight_ptr": contiguous(weight_E),
+        "bias_ptr": contiguous(bias_E),
         "normed_ptr": normed_TE,
         "mean_ptr": mean,
         "rstd_ptr": rstd,
@@ -191,8 +191,8 @@ def norm_backward_launch(
     arguments = {
         "dnormed_ptr": dnormed_TE,
         "x_ptr": x_TE,
-        "weight_ptr": weight_E,
-        "bias_ptr": bias_E,
+        "weight_ptr": contiguous(weight_E),
+        "bias_ptr": contiguous(bias_E),
         "mean_ptr": mean,
         "rstd_ptr": rstd,
         "dx_ptr": dx_TE,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launching import Launch
+from ..launching import Launch, contiguous
 
 TILE = 4096
 """Elements of a program's tile: 32 per thread of four warps."""
@@ -144,10 +144,10 @@ def encode_launch(
     """Write the encoded tokens; x and out are contiguous."""
     arguments = {
         "x_ptr": x_TE,
-        "position_weight_ptr": _contiguous(position_weight_PE),
-        "positions_ptr": _contiguous(positions_T),
-        "time_weight_ptr": _contiguous(time_weight_KE),
-        "buckets_ptr": _contiguous(buckets_T),
+        "position_weight_ptr": contiguous(position_weight_PE),
+        "positions_ptr": contiguous(positions_T),
+        "time_weight_ptr": contiguous(time_weight_KE),
+        "buckets_ptr": contiguous(buckets_T),
         "out_ptr": out_TE,
         "num_tokens": len(x_TE),
         "width": x_TE.shape[1],
@@ -170,10 +170,6 @@ def sums_launch(x_TE: Tensor, order_T: Tensor | None, starts_M: Tensor, ends_M: 
         "width": x_TE.shape[1],
     } | _tiles(x_TE.shape[1])
     return Launch(sums_kernel, (len(out_ME), triton.cdiv(x_TE.shape[1], arguments["tile_E"])), arguments)
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _tiles(width: int) -> dict[str, int]:

@@ -167,7 +167,7 @@ def test_what_is_alike_along_a_sequence_depends_on_the_distance_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["window", "full_tail", "prefix", "num_contextual"])
-@pytest.mark.parametrize("value", [-1, 2.0, None])
+@pytest.mark.parametrize("value", [-1, 2.0, None, True])
 def test_a_mask_refuses_what_is_not_a_count(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"AttentionMask {name}={value} is not a count; 0 switches it off"):
         AttentionMask(**{name: value})

@@ -54,6 +54,13 @@ class TestAgainstTheDefinition:
     def test_head_widths_that_differ(self, num_heads: int, dqk: int, dv: int) -> None:
         assert_as_exact_as_plain_torch(Case(num_heads=num_heads, dqk=dqk, dv=dv, bias="position"))
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+    @pytest.mark.parametrize("everything", [False, True], ids=["causal", "all masks, both biases"])
+    @pytest.mark.parametrize("width", [50, 96, 128, 256])
+    def test_head_widths_of_published_models(self, width: int, everything: bool, dtype: torch.dtype) -> None:
+        rest = {"mask": MASKS["all"], "targets": True, "bias": "position time query"} if everything else {}
+        assert_as_exact_as_plain_torch(Case(lengths=(70,), dqk=width, dv=width, dtype=dtype, **rest))
+
     @pytest.mark.parametrize("scale", ["default", "number", "tensor"])
     def test_every_form_of_scale(self, scale: str) -> None:
         assert_as_exact_as_plain_torch(Case(scale=scale))

@@ -1,12 +1,15 @@
 """What hstu_attention refuses, and that the message names the value, the rule and the remedy."""
 
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 
 from ultrarec.kernels import RelativeBias, hstu_attention
+from ultrarec.kernels.hstu_attention.inputs import assert_values
 
 TIMES = torch.arange(5)
 
@@ -99,3 +102,48 @@ def test_every_backend_checks_values(backend: str, name: str) -> None:
 
 def test_a_legal_call_is_not_refused() -> None:
     assert call(num_targets=torch.tensor([2, 0])).shape == (5, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "num_targets"),
+    [
+        ([1, 5], None),
+        ([0, 4], None),
+        ([0, 6], None),
+        ([0], None),
+        ([0, 4, 5], None),
+        ([0, 3, 2, 5], None),
+        ([0, 2, 5], [3, 0]),
+        ([0, 2, 5], [0, -1]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_what_a_device_asserts_is_what_a_cpu_refuses(offsets, num_targets, dtype):
+    offsets = torch.tensor(offsets, dtype=dtype)
+    num_targets = None if num_targets is None else torch.tensor(num_targets)
+    with pytest.raises(RuntimeError, match="offsets ascend from 0 to the number of events"):
+        assert_values(offsets, num_targets, num_events=5, max_seq_len=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_device_asserts_nothing_of_a_legal_call(dtype: torch.dtype) -> None:
+    assert_values(torch.tensor([0, 2, 2, 5], dtype=dtype), None, num_events=5, max_seq_len=3)
+    assert_values(torch.tensor([0, 2, 2, 5], dtype=dtype), torch.tensor([2, 0, 3]), num_events=5, max_seq_len=3)
+    assert_values(torch.tensor([0], dtype=dtype), None, num_events=0, max_seq_len=3)
+
+
+WRONG_OFFSETS_ON_A_GPU = """
+import torch
+from ultrarec.kernels import hstu_attention
+x = torch.ones(5, 2, 16, device="cuda")
+hstu_attention(x, x, x, torch.tensor([0, 2, 4], device="cuda"), max_seq_len=3)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_wrong_offsets_on_a_gpu_end_the_process() -> None:
+    run = subprocess.run([sys.executable, "-c", WRONG_OFFSETS_ON_A_GPU], capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "device-side assert" in run.stderr

@@ -36,7 +36,7 @@ def test_what_cannot_be_measured_or_written_is_refused_before_anything_is_measur
     (tmp_path / "file").touch()
     for option, said in {
         "--where": f"--where {tmp_path / 'file'} is no folder; name one on the disk to measure",
-        "--out": f"--out {tmp_path / 'file'}: File exists; choose a folder that can be written to",
+        "--out": f"--out {tmp_path / 'file'} cannot be written to: File exists; give a folder of yours with room",
     }.items():
         assert main(["bench", "checkpoint", option, str(tmp_path / "file")]) == 2
         assert f"error: {said}" in capsys.readouterr().err

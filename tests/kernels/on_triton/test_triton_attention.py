@@ -61,6 +61,13 @@ class TestAgainstTheDefinition:
     def test_head_widths_that_differ_and_are_no_power_of_two(self, dqk: int, dv: int) -> None:
         assert_exact(lengths=(40, 3), num_heads=3, dqk=dqk, dv=dv)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+    @pytest.mark.parametrize("everything", [False, True], ids=["causal", "all masks, both biases"])
+    @pytest.mark.parametrize("width", [64, 96, 128, 256])
+    def test_head_widths_of_published_models(self, width: int, everything: bool, dtype: torch.dtype) -> None:
+        rest = {"mask": MASKS["all"], "targets": True, "bias": "position time query"} if everything else {}
+        assert_exact(lengths=(70,), dqk=width, dv=width, dtype=dtype, **rest)
+
     @pytest.mark.parametrize("scale", ["default", "number", "tensor"])
     def test_every_form_of_scale(self, scale: str) -> None:
         assert_exact(scale=scale)
