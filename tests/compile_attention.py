@@ -53,6 +53,9 @@ def shipped() -> Iterator[Job]:
                     yield target, Setting(width, ALL_MASKS, True, biased, dtype), name
     # Narrow queries and keys beside wide values are padded.
     yield "sm_90", Setting(32, ALL_MASKS, True, value_width=256), "keys"
+    # What the tables have no entries of their own for.
+    yield from (("sm_90", Setting(128, ALL_MASKS, True, dtype=FP16), name) for name in BACKWARD)
+    yield "sm_90", Setting(256, ALL_MASKS, True, dtype=FP32), "keys"
     yield from promised()
     for target in AMD:
         yield from ((target, Setting(128), name) for name in NUM_PRODUCTS)
