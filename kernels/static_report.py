@@ -41,9 +41,17 @@ class Setting:
     biased: bool = False
     """With a position and a time bias."""
     dtype: torch.dtype = torch.bfloat16
+    value_width: int | None = None
+    """Of values alone, if that differs."""
+
+    @property
+    def widest(self) -> int:
+        """Of the heads of queries, keys and values."""
+        return max(self.width, self.value_width or 0)
 
     def __str__(self) -> str:
-        parts = [f"D={self.width}", "all masks" if any(self.rule) else "causal"]
+        values = f" and {self.value_width}" if self.value_width else ""
+        parts = [f"D={self.width}{values}", "all masks" if any(self.rule) else "causal"]
         parts += ["targets, scale per query"] * self.general + ["both biases"] * self.biased
         return ", ".join(parts)
 
@@ -80,7 +88,7 @@ class Kernel:
     matrix_instructions: int
     """In the loops over tiles; on AMD devices in the whole kernel."""
     loops: tuple[Loop, ...]
-    """On NVIDIA devices; none of the bias gradient, whose loop is over sequences."""
+    """On NVIDIA devices; none of the bias gradient, whose loop is over sequences, nor of heads of two widths."""
 
 
 class NoDevice:
@@ -115,7 +123,8 @@ def report(targets: tuple[str, ...]) -> Iterator[Kernel]:
 def problem_of(setting: Setting) -> Problem:
     """Inputs of the setting; their values do not matter."""
     num_events = 256
-    q, k, v = (torch.zeros(num_events, 4, setting.width, dtype=setting.dtype) for _ in range(3))
+    widths = (setting.width, setting.width, setting.value_width or setting.width)
+    q, k, v = (torch.zeros(num_events, 4, width, dtype=setting.dtype) for width in widths)
     scale = torch.ones(num_events) if setting.general else torch.ones(1).expand(num_events)
     return Problem(
         q,
@@ -182,6 +191,8 @@ def describe(target: str, setting: Setting, name: str, launch: Launch, compiled:
         num_matrix = sum(sass.counts_of(body)["tensor"] for body in bodies)
     else:
         num_matrix = len(re.findall(r"\bv_mfma_", compiled.asm["amdgcn"]))
+    # Products of two widths are not told apart.
+    has_loops = name in NUM_PRODUCTS and setting.value_width is None
     return Kernel(
         target=target,
         setting=str(setting),
@@ -191,7 +202,7 @@ def describe(target: str, setting: Setting, name: str, launch: Launch, compiled:
         spilled=spilled,
         shared_bytes=compiled.metadata.shared,
         matrix_instructions=num_matrix,
-        loops=_loops(name, launch, setting.width, bodies) if name in NUM_PRODUCTS else (),
+        loops=_loops(name, launch, setting.width, bodies) if has_loops else (),
     )
 
 

@@ -51,6 +51,11 @@ def shipped() -> Iterator[Job]:
             for name, sizes in table_of(target, dtype, biased).items():
                 for width in sizes:
                     yield target, Setting(width, ALL_MASKS, True, biased, dtype), name
+    # Narrow queries and keys beside wide values are padded.
+    yield "sm_90", Setting(32, ALL_MASKS, True, value_width=256), "keys"
+    # What the tables have no entries of their own for.
+    yield from (("sm_90", Setting(128, ALL_MASKS, True, dtype=FP16), name) for name in BACKWARD)
+    yield "sm_90", Setting(256, ALL_MASKS, True, dtype=FP32), "keys"
     yield from promised()
     for target in AMD:
         yield from ((target, Setting(128), name) for name in NUM_PRODUCTS)
@@ -89,7 +94,7 @@ def facts_of(job: Job, launch: Launch, compiled: Any) -> dict[str, Any]:
     target, setting, name = job
     code = compiled.asm["ptx"] if "ptx" in compiled.asm else compiled.asm["amdgcn"]
     facts = asdict(describe(target, setting, name, launch, compiled))
-    facts |= {"width": setting.width, "biased": setting.biased, "dtype": str(setting.dtype).removeprefix("torch.")}
+    facts |= {"width": setting.widest, "biased": setting.biased, "dtype": str(setting.dtype).removeprefix("torch.")}
     facts |= {"masked": any(setting.rule), "scale_per_query": setting.general}
     facts["tensor_instructions"] = [instruction for instruction in TENSOR_INSTRUCTIONS if instruction in code]
     facts["masked_values"] = masked_values_of(compiled.asm["ttir"])

@@ -20,6 +20,9 @@ from ..linear.triton import linear
 
 TILE = 2048
 """Elements of a program's tile; the backward holds a dozen such tiles, of 16 registers a thread each."""
+WARP_ELEMENTS = 512
+"""Of a tile, by warp: 16 a thread. Rows wider than TILE take more warps: with four, rows of 4096 spilled 976 bytes."""
+MAX_WARPS = 32
 MAX_PROGRAMS = 1024
 """Per group in the backward, each of which sums the gradients of scale and shift over many tokens; in a fixed order."""
 
@@ -96,9 +99,6 @@ def gate_backward_kernel(
     inner_W = tl.arange(0, tile_W)
     columns_W, has_column = group * width + inner_W, inner_W < width
     weight_W, bias_W = tl.full((tile_W,), 1.0, tl.float32), tl.zeros((tile_W,), tl.float32)
-    if weight_ptr is not None:
-        weight_W = tl.load(weight_ptr + columns_W, mask=has_column, other=0.0)
-        bias_W = tl.load(bias_ptr + columns_W, mask=has_column, other=0.0)
     dweight_W, dbias_W = tl.zeros((tile_W,), tl.float32), tl.zeros((tile_W,), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, tile_T), tl.num_programs(0)):
         rows_T = tl.cast(tile, tl.int64) * tile_T + tl.arange(0, tile_T)
@@ -110,6 +110,10 @@ def gate_backward_kernel(
         mean_T = tl.load(mean_ptr + rows_T * num_groups + group, mask=has_row, other=0.0)
         rstd_T = tl.load(rstd_ptr + rows_T * num_groups + group, mask=has_row, other=0.0)
         normed_TW = tl.where(mask_TW, (a_TW - mean_T[:, None]) * rstd_T[:, None], 0.0)
+        if weight_ptr is not None:
+            # Again for each tile: kept from one to the next they took registers, and sm_100 spilled 16 bytes.
+            weight_W = tl.load(weight_ptr + columns_W, mask=has_column, other=0.0)
+            bias_W = tl.load(bias_ptr + columns_W, mask=has_column, other=0.0)
         affine_TW = normed_TW * weight_W[None, :] + bias_W[None, :]
         _store_projected(
             u_TW, a_TW, u_TW * affine_TW, seed_ptr, y_ptr, rows_T, columns_W, mask_TW, num_values, dropped_below, concat
@@ -118,21 +122,22 @@ def gate_backward_kernel(
         dgated_TW = _projected_gradient(
             dy_ptr, seed_ptr, rows_T, columns_W, mask_TW, num_values, dropped_below, scale, part, concat
         )
+        du_TW = dgated_TW * affine_TW
+        if concat:
+            du_TW += _projected_gradient(
+                dy_ptr, seed_ptr, rows_T, columns_W, mask_TW, num_values, dropped_below, scale, 0, concat
+            )
+        tl.store(du_ptr + place_TW, du_TW.to(du_ptr.dtype.element_ty), mask=mask_TW)
         dnormed_TW = dgated_TW * u_TW
         dweight_W += tl.sum(dnormed_TW * normed_TW, 0)
         dbias_W += tl.sum(dnormed_TW, 0)
         dnormed_TW *= weight_W[None, :]
         along_T = tl.sum(dnormed_TW * normed_TW, 1) / width
         da_TW = (dnormed_TW - tl.sum(dnormed_TW, 1)[:, None] / width - normed_TW * along_T[:, None]) * rstd_T[:, None]
-        du_TW = dgated_TW * affine_TW
         if concat:
-            du_TW += _projected_gradient(
-                dy_ptr, seed_ptr, rows_T, columns_W, mask_TW, num_values, dropped_below, scale, 0, concat
-            )
             da_TW += _projected_gradient(
                 dy_ptr, seed_ptr, rows_T, columns_W, mask_TW, num_values, dropped_below, scale, 1, concat
             )
-        tl.store(du_ptr + place_TW, du_TW.to(du_ptr.dtype.element_ty), mask=mask_TW)
         tl.store(da_ptr + place_TW, da_TW.to(da_ptr.dtype.element_ty), mask=mask_TW)
     if weight_ptr is not None:
         place_W = tl.program_id(0) * num_values + columns_W
@@ -260,7 +265,7 @@ def backward(
 def gate_launch(arguments: dict[str, Any], *, eps: float) -> Launch:
     """Write what is projected, and the statistics."""
     grid = (triton.cdiv(arguments["num_rows"], arguments["tile_T"]), arguments["mean_ptr"].shape[1])
-    return Launch(gate_kernel, grid, arguments | {"eps": eps})
+    return Launch(gate_kernel, grid, arguments | {"eps": eps}, _options(arguments))
 
 
 def gate_backward_launch(
@@ -274,7 +279,7 @@ def gate_backward_launch(
         parts = [mean.new_empty(num_programs, arguments["num_values"]) for _ in range(2)]
     arguments = {"dy_ptr": dy_TY, "du_ptr": du_TV, "da_ptr": da_THD, "scale": scale} | arguments
     arguments |= {"dweight_ptr": parts[0], "dbias_ptr": parts[1]}
-    return Launch(gate_backward_kernel, (num_programs, mean.shape[1]), arguments)
+    return Launch(gate_backward_kernel, (num_programs, mean.shape[1]), arguments, _options(arguments))
 
 
 def _arguments(
@@ -311,3 +316,7 @@ def _arguments(
         "tile_T": max(1, min(64, TILE // tile_W)),
         "tile_W": tile_W,
     }
+
+
+def _options(arguments: dict[str, Any]) -> dict[str, int]:
+    return {"num_warps": min(MAX_WARPS, max(4, arguments["tile_W"] // WARP_ELEMENTS))}

@@ -45,8 +45,10 @@ class BiasPass:
             shape = (num_bands, num_chunks, blocks.rows, blocks.keys)
             bands = torch.empty(shape, dtype=torch.float32, device=dout.device)
         if problem.time_weight is not None:
-            sums = torch.zeros(NUM_COPIES, len(problem.time_weight), dtype=torch.int64, device=dout.device)
-            buckets = Buckets(sums, _units_per_one(problem, dout), *sums.shape)
+            num_buckets = len(problem.time_weight)
+            sums = torch.zeros(NUM_COPIES, num_buckets, dtype=torch.int64, device=dout.device)
+            not_finite = torch.zeros(num_buckets, dtype=torch.float32, device=dout.device)
+            buckets = Buckets(sums, _units_per_one(problem, dout), NUM_COPIES, num_buckets, not_finite)
         arguments = {
             **{name: events_of(x) for name, x in zip("qkv", problem[:3], strict=True)},
             "dout": events_of(dout),
@@ -83,14 +85,17 @@ class BiasPass:
     def time_gradient(self) -> Tensor:
         """`[K + 1]` float64."""
         assert self.buckets is not None, "there are buckets where there are time weights"
-        return self.buckets.sums.sum(0) / self.buckets.units_per_one.double()
+        return self.buckets.sums.sum(0) / self.buckets.units_per_one.double() + self.buckets.not_finite
 
 
 def _units_per_one(problem: Problem, dout: Tensor) -> Tensor:
-    """How many integer units make 1, so that no sum of gradients of the scores, each below a bound, overflows."""
-    num_events, num_heads, _ = problem.v.shape
-    dout_TH, v_TH = (torch.linalg.vector_norm(x, dim=2, dtype=torch.float32) for x in (dout, problem.v))
-    longest_dout, longest_v = (dout_TH * problem.scale[:, None]).abs().amax().double(), v_TH.amax().double()
-    # The derivative of SiLU is below 1.1.
-    bound = 1.2 * longest_dout * longest_v * num_heads * num_events * problem.max_seq_len
-    return (LARGEST_SUM / bound).clamp(max=2.0**126).float()
+    """How many integer units make 1: as many as leave room for the sum of all gradients of scores, without their signs.
+
+    Of a score that is at most scale |dout| |v| times the derivative of SiLU, which is below 1.1. Summed over queries,
+    one with a far larger gradient than all others takes few bits from those; for keys the longest v counts.
+    """
+    dout_TH, v_TH = (torch.linalg.vector_norm(x, dim=2, dtype=torch.float64) for x in (dout, problem.v))
+    # What is not finite is not summed up.
+    dout_TH, v_TH = (x.nan_to_num(nan=0, posinf=0) for x in (dout_TH * problem.scale.abs()[:, None], v_TH))
+    bound = 1.2 * problem.max_seq_len * (dout_TH.sum(0) * v_TH.amax(0)).sum()
+    return torch.exp2((LARGEST_SUM / bound).log2().floor().clamp(-126, 126)).float()

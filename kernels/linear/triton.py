@@ -9,6 +9,7 @@ column of tiles, so that inside the product its statistics would be computed six
 # T = tokens, N = columns of the result, K = columns of a token, A = activated columns
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,6 +25,10 @@ TILES = {
     torch.float8_e4m3fn: (128, 128, 128),
 }
 """Rows, columns and depth of a program's tile, by the dtype of what is multiplied."""
+SMALL_TILE = 64
+"""Rows and columns where results lie at no multiple of ALIGNMENT: stored one by one, tiles of 128 spilled 872 bytes."""
+ALIGNMENT = 16
+"""Elements: what Triton asks of a stride before it moves 16 bytes at once."""
 
 
 @triton.jit
@@ -121,11 +126,17 @@ def linear_launch(
 ) -> Launch:
     """Write `scale * x W^T + b + residual` to out; with `before`, its first A columns there, and through SiLU to out.
 
-    x and W are contiguous, and of one dtype; if that is e4m3, each of their rows has one of the scales.
+    x and W are contiguous, and of one dtype; if that is e4m3, each of their rows has one of the scales. Rows of no
+    multiple of ALIGNMENT are copied, with zeros behind: loaded one by one, elements of rows of 50 spilled 880 bytes.
     """
     num_rows, num_columns = out_TN.shape
+    num_activated = 0 if before_TA is None else before_TA.shape[1]
     x_scale_T1, weight_scale_N1 = (None, None) if scales is None else scales
+    if num_missing := -x_TK.shape[1] % ALIGNMENT:
+        x_TK, weight_NK = F.pad(x_TK, (0, num_missing)), F.pad(weight_NK, (0, num_missing))
     tile_T, tile_N, tile_K = TILES[x_TK.dtype]
+    if num_columns % ALIGNMENT or num_activated % ALIGNMENT:
+        tile_T = tile_N = SMALL_TILE
     arguments = {
         "x_ptr": x_TK,
         "weight_ptr": weight_NK,
@@ -138,7 +149,7 @@ def linear_launch(
         "num_rows": num_rows,
         "num_columns": num_columns,
         "width": x_TK.shape[1],
-        "num_activated": 0 if before_TA is None else before_TA.shape[1],
+        "num_activated": num_activated,
         "scale": scale,
         # The interpreter multiplies the bits of bfloat16 as if they were integers.
         "widen": x_TK.device.type == "cpu",

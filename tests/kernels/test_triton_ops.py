@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,23 @@ def launches() -> dict[str, Launch]:
     }
 
 
+def unusual_launch(name: str) -> Launch:
+    """A product at the width of the public configuration, where no row starts at a multiple of 16 bytes; or the
+    backward of the concatenated gate with 4096 columns.
+    """
+    num_tokens, width, values = 1000, 50, 4096
+    if name == "gate":
+        y, affine = torch.empty(num_tokens, 3 * values, dtype=torch.bfloat16), (torch.empty(values),) * 2
+        u, stats, seed = y[:, :values].contiguous(), torch.empty(num_tokens, 1), torch.zeros(1, dtype=torch.int64)
+        gate = gated_output._arguments(u, u.view(num_tokens, -1, 128), *affine, seed, stats, stats, y, 0.3)
+        return gated_output.gate_backward_launch(gate, y, u, u, scale=1.4)
+    tokens, x = torch.empty(num_tokens, width, dtype=torch.bfloat16), torch.empty(num_tokens, width)
+    if name == "output":
+        return linear_launch(tokens, tokens[:width], x[0], x, residual_TN=x, scale=1.4)
+    uvqk = torch.empty(num_tokens, 4 * width, dtype=torch.bfloat16)
+    return linear_launch(tokens, tokens[: 4 * width], uvqk[0], uvqk, before_TA=uvqk.clone())
+
+
 def fp8_launches() -> dict[str, Launch]:
     """The kernels of FP8 at the same width."""
     x, uvqk = torch.empty(1000, 512), torch.empty(1000, 2048, dtype=torch.bfloat16)
@@ -140,6 +158,19 @@ def test_every_kernel_compiles_without_spills_and_within_shared_memory(name, tmp
         code = checked_code(kernel_name, launch, name, tmp_path)
         if kernel_name in ("uvqk", "output"):
             assert MATRIX_INSTRUCTION[name] in code, kernel_name
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(
+    ("kernel_name", "name"),
+    [*product(["uvqk"], ["sm_80", "sm_90", "sm_100"]), ("output", "sm_90"), *product(["gate"], ["sm_90", "sm_100"])],
+)
+def test_unaligned_and_very_wide_rows_spill_nothing_either(kernel_name, name, tmp_path):
+    kernel = compiled(unusual_launch(kernel_name), TARGETS[name][0])
+    registers, stack = registers_and_stack(kernel.asm["cubin"], tmp_path / "cubin")
+    assert stack == 0
+    assert registers >= 64
+    assert kernel.metadata.shared <= TARGETS[name][1] * 1024
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

@@ -31,9 +31,11 @@ class Buckets(NamedTuple):
 
     sums: Any
     units_per_one: Any
-    """One float32: how many units of the sums make 1."""
+    """One float32, a power of 2: how many units of the sums make 1."""
     num_copies: Any
     num_buckets: Any
+    not_finite: Any
+    """`[num_buckets]` float32: NaN for a bucket with a gradient that is none or infinite, which integers cannot say."""
 
 
 @triton.jit
@@ -94,6 +96,8 @@ def sum_over_heads(
     sequence = load_sequence_of(sequences, rank, 0, 0, VARIANT.mask)
     half_scale_R = 0.5 * load_scale(scale, sequence, first_row, VARIANT.rows)
     visible = is_visible(rows, keys, sequence.history_end, VARIANT.mask, VARIANT.has_targets)
+    # Rows behind the sequence see keys, too, and one of NaN makes NaN of their zeros.
+    visible = visible & (rows < sequence.length)
     return tl.where(visible, dscores_RC * half_scale_R[:, None], 0.0)
 
 
@@ -104,7 +108,11 @@ def add_to_buckets(buckets, dscores_RC, first_row, first_key, sequence, bias, VA
     rows = tl.minimum(first_row + tl.arange(0, VARIANT.rows)[:, None], last)
     keys = tl.minimum(first_key + tl.arange(0, VARIANT.keys)[None, :], last)
     bucket_RC = time_bucket_of(rows, keys, sequence, bias)
-    units = (dscores_RC * tl.load(buckets.units_per_one)).to(tl.int64)
+    is_finite = tl.abs(dscores_RC) < float("inf")
+    tl.store(buckets.not_finite + bucket_RC, float("nan"), mask=is_finite == 0)
+    units = tl.where(is_finite, dscores_RC * tl.load(buckets.units_per_one), 0.0)
+    # To nearest: cut off, as the conversion does, all sums would come out too small.
+    units = (units + tl.where(units < 0, -0.5, 0.5)).to(tl.int64)
     copy = tl.program_id(0) % buckets.num_copies
     pointers = buckets.sums + copy * buckets.num_buckets + bucket_RC
     tl.atomic_add(pointers, units, mask=units != 0, sem="relaxed")

@@ -57,7 +57,7 @@ class TestAgainstTheDefinition:
     def test_lengths_at_the_edges_of_tiles(self, lengths: tuple[int, ...]) -> None:
         assert_exact(lengths=lengths, bias="position time", scale="tensor")
 
-    @pytest.mark.parametrize(("dqk", "dv"), [(1, 1), (5, 33), (25, 25), (50, 96), (256, 128)])
+    @pytest.mark.parametrize(("dqk", "dv"), [(1, 1), (5, 33), (25, 25), (50, 96), (20, 200), (256, 128)])
     def test_head_widths_that_differ_and_are_no_power_of_two(self, dqk: int, dv: int) -> None:
         assert_exact(lengths=(40, 3), num_heads=3, dqk=dqk, dv=dv)
 
