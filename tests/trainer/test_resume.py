@@ -1,7 +1,9 @@
 """A run that was cut off and continued is the run that was not; on other ranks it still consumes each sample once."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from process_group import run_ranks
 from small_runs import (
     audit,
     audited_steps,
+    checkpoint_tensors,
     config_of,
     differing,
     final_tensors,
@@ -23,6 +26,7 @@ from small_runs import (
 from ultrarec.data.schema import DatasetInfo
 from ultrarec.trainer.__main__ import main
 from ultrarec.trainer.manifest import MANIFEST, Manifest, checkpoint_folder, complete_checkpoints
+from ultrarec.trainer.pieces import Source
 
 # An epoch has 12 steps: checkpoints lie inside a window of metrics (4, 8), at the end of an epoch (12), after it (16).
 SETTINGS = ("model.dropout=0.3", "checkpoint.every=4", "trainer.log_every=3", "trainer.evaluate_every=6")
@@ -204,6 +208,34 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_used(trained, dat
     assert told.endswith("; looking for the checkpoint before it")
     assert complete_checkpoints(out) == [checkpoint_folder(out, 5), checkpoint_folder(out, 11)]
     assert folder.with_name(f"damaged-{folder.name}").is_dir()
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_is_told_kept_and_replaced_by_its_step(
+    trained, dataset, tmp_path, capsys, monkeypatch
+):
+    out, recipe = interrupted(trained(1)["ranking"], tmp_path / "out", step=10), tmp_path / "recipe.toml"
+    folder, read, bad = checkpoint_folder(out, 10), Source._fill_at_once, [checkpoint_folder(out, k) for k in (5, 10)]
+    damage_byte(folder / "rank-00000.safetensors")  # which nobody sees: what is there later, is written anew
+
+    def fail(source, file, start, view):
+        if source.folder in bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(source, file, start, view)
+
+    monkeypatch.setattr(Source, "_fill_at_once", fail)
+    settings = ("trainer.max_steps=10", "data.retry_seconds=0", "checkpoint.every=3", "checkpoint.keep_last=1")
+    recipe.write_text(config_of(dataset, "ranking", *settings).to_toml())
+    assert main([str(recipe), "--out", str(out)]) == 75
+    assert f"error: {checkpoint_folder(out, 5)} cannot be read, and none" in capsys.readouterr().err
+    assert complete_checkpoints(out) == [checkpoint_folder(out, 5), folder]
+    bad.remove(checkpoint_folder(out, 5))
+    assert main([str(recipe), "--out", str(out)]) == 0
+    told = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("ATTENTION"))
+    assert told.startswith(f"ATTENTION: {folder}/rank-00000.safetensors cannot be read: 1 attempt in 0 seconds failed ")
+    assert told.endswith("; looking for the checkpoint before it")
+    assert complete_checkpoints(out) == [folder]
+    bad.clear()
+    assert not differing(final_tensors(out), checkpoint_tensors(checkpoint_folder(trained(1)["ranking"], 10)))
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff", b'{"step": 5}'])
