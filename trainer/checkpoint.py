@@ -22,7 +22,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from ..data.errors import StorageError, UserError
 from ..data.loader import LoaderState
 from ..embeddings.shards import local_shards
-from .canonical import load_table, load_whole, table_pieces
+from .canonical import growth, load_table, load_whole, table_pieces
 from .manifest import DamagedError, Manifest, Used, use_newest
 from .optimizer import Optimizer
 from .parallel import World, gather_objects, on_main
@@ -83,7 +83,7 @@ def load(trainable: Trainable, folder: Location, *, world: World, reading: Readi
         for name, tensor in trainable.optimizer.state_tensors().items():
             load_whole(source, f"dense/{name}", tensor)
         ranks = _rank_states(source, source.manifest.world_size)
-        state.load_rank_states(ranks, rank=world.rank, world_size=world.size)
+        state.load_rank_states(ranks, rank=world.rank, world_size=world.size, step=source.manifest.step)
 
     manifest = _together(folder, world, fill, reading)
     state.step, state.batches = manifest.step, manifest.batches
@@ -119,14 +119,34 @@ def load_newest(
     return used
 
 
-def load_start(trainable: Trainable, folder: Location, *, world: World, reading: Reading | None = None) -> None:
-    """Begin a new run from another run's weights, and its tables' optimizer state; tables may be new or have grown.
+def load_start(trainable: Trainable, folder: Location, *, world: World, reading: Reading | None = None) -> list[str]:
+    """Begin a new run from another run's weights, and its tables' optimizer state.
+
+    Tables and dense weights may be new or have grown: old rows come to their places, and others stay fresh.
+
+    Returns:
+        What stays fresh.
 
     Raises:
-        UserError: the checkpoint is damaged, or has other dense weights, or a table shrank.
+        UserError: the checkpoint is damaged, a tensor has fewer rows now or other columns, or a table of hashed ids has
+            another number of rows.
         StorageError: the storage does not give it.
     """
-    _together(folder, world, lambda source: _fill_weights(trainable.parallel, source, may_grow=True), reading)
+    told: list[str] = []
+
+    def fill(source: Source) -> None:
+        _fill_weights(trainable.parallel, source, may_grow=True)
+        told.extend(growth(source, _shapes(trainable.parallel)))
+
+    _together(folder, world, fill, reading)
+    return sorted({name for names in gather_objects(told) for name in names})
+
+
+def _shapes(parallel: DistributedModelParallel) -> dict[str, tuple[int, ...]]:
+    """Of the weights that this rank holds, tables as wholes, by their names in a checkpoint."""
+    dim = parallel.module.lookup.dim
+    tables = {f"tables/{shard.table}/weight": (shard.num_rows, dim) for shard in local_shards(parallel)}
+    return tables | {f"weights/{name}": tuple(tensor.shape) for name, tensor in dense_weights(parallel).items()}
 
 
 def _together(
@@ -169,7 +189,7 @@ def _fill_weights(parallel: DistributedModelParallel, source: Source, *, may_gro
     for shard in local_shards(parallel):
         load_table(source, shard, dim=parallel.module.lookup.dim, may_grow=may_grow)
     for name, tensor in dense_weights(parallel).items():
-        load_whole(source, f"weights/{name}", tensor)
+        load_whole(source, f"weights/{name}", tensor, may_grow=may_grow)
 
 
 def _rank_states(source: Source, world_size: int) -> list[dict[str, Tensor]]:

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import zlib
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -339,14 +338,3 @@ def _numel(shape: Sequence[int]) -> int:
     for size in shape:
         count *= size
     return count
-
-
-def columns_by_prefix(names: Sequence[str], prefix: str) -> dict[tuple[int, int], str]:
-    """Of names such as `PREFIX/columns-0-128`, each with its columns."""
-    found: dict[tuple[int, int], str] = defaultdict(str)
-    for name in names:
-        head, separator, tail = name.partition("/columns-")
-        if separator and head == prefix:
-            first, last = tail.split("-")
-            found[int(first), int(last)] = name
-    return dict(found)

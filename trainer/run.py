@@ -200,6 +200,8 @@ def _take_up(
             starts, lambda folder: checkpoint.load_start(trainable, folder, world=world, reading=reading), say=say
         )
         say(f"beginning with the weights of {start.folder}")
+        if start.value:
+            say(f"not in it, and fresh: {', '.join(start.value)}")
     return None
 
 
@@ -208,7 +210,7 @@ def _trainable(config: Config, sharded: Sharded) -> Trainable:
     dense = {name: p for name, p in parallel.named_parameters() if not name.startswith(checkpoint.TABLES)}
     sparse, replicated = parallel.fused_optimizer, parallel.module.lookup.replicated
     optimizer = Optimizer(config.optimizer, dense=dense, sparse=sparse, replicated=replicated, total_steps=1)
-    return Trainable(parallel, optimizer, TrainState())
+    return Trainable(parallel, optimizer, TrainState(seed=config.trainer.seed))
 
 
 def _total_steps(config: Config, loader: Loader) -> int:
