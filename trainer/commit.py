@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from torch._C._distributed_c10d import Store
 
 from ..data.patience import is_refusal
-from .manifest import MANIFEST, DamagedError, FileRecord, Manifest, discard
+from .manifest import MANIFEST, DamagedError, FileRecord, Manifest, discard, size_problem
 from .parallel import World
 from .pieces import Entry, Image, write_index
 from .storage import Location, make_folder
@@ -201,6 +201,9 @@ class Commit:
             if errors := list(dict.fromkeys(answer["error"] for answer in answers if "error" in answer)):
                 raise SaveError("; ".join(errors), is_lasting=any(answer.get("lasts") for answer in answers))
             parts = [TypeAdapter(Part).validate_python(answer["result"]) for answer in answers]
+            if lacking := [told for part in parts if (told := size_problem(self.folder, part.record))]:
+                told = f"rank 0 does not find what the ranks wrote to {self.folder}: {'; '.join(lacking)}"
+                raise SaveError(f"{told}; it must be a folder that all nodes share", is_lasting=True)
             index = write_index(self.folder, [part.entries for part in parts])
             files = [index, *(part.record for part in parts)]
             dataclasses.replace(self.manifest, files=files).write(self.folder)

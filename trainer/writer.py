@@ -39,6 +39,13 @@ END_SECONDS = 1.0
 """How long a killed process is waited for; one that hangs in a write of its storage ends when that returns."""
 PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
+CODE = f"""
+import sys
+sys.path[:] = [place for place in sys.path if place]
+from {__name__} import serve
+serve(*map(int, sys.argv[1:]))
+"""
+"""What the process runs. With `-m` it would look for modules in the working folder first, where a random.py may be."""
 
 
 class WriteError(Exception):
@@ -77,7 +84,7 @@ class Writer:
         self._connection, theirs = Pipe()
         with theirs:
             numbers = [self._descriptor, theirs.fileno(), os.getpid()]
-            command = [sys.executable, "-m", f"{__package__}.writer", *map(str, numbers)]
+            command = [sys.executable, "-c", CODE, *map(str, numbers)]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=numbers[:2])
 
     @property
@@ -213,7 +220,3 @@ def serve(memory: int, connection: int, rank: int) -> None:
                 requests.send((write_file(place, content, ends), None))
             except Exception as error:  # whatever a disk, an object store or a network may raise
                 requests.send((None, (reason_of(error), getattr(error, "errno", None))))
-
-
-if __name__ == "__main__":
-    serve(*map(int, sys.argv[1:]))
