@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import json
-import random
-import re
-import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
-from tqdm import tqdm
 
 from .config import RETRY_SECONDS
-from .errors import StorageError, UserError, counted, first_line
+from .errors import UserError, first_line
 from .locations import is_uri, redacted, shown
+from .patience import LONGEST_PAUSE, Patience, is_refusal
 from .schema import DATASET_FILE, DatasetInfo
 
 T = TypeVar("T")
-
-FIRST_PAUSE = 0.25
-"""Seconds before the second attempt, at most; each further one is up to twice as long, until the longest."""
-LONGEST_PAUSE = 15.0
-SECONDS_BETWEEN_REPORTS = 15.0
-SILENT_SECONDS = 5.0
-"""Busy object stores recover within seconds; that is not worth a line."""
-
-_REFUSED = re.compile("ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|NO_SUCH_BUCKET")
 
 
 class MissingFileError(UserError):
@@ -83,7 +70,7 @@ class Storage:
 
     def __init__(self, path: str, *, retry_seconds: float = RETRY_SECONDS, purpose: Purpose = DATASET) -> None:
         self._path, self._shown, self._purpose = path, shown(path), purpose
-        self._patience = _Patience(retry_seconds)
+        self._patience = Patience(retry_seconds)
         if not is_uri(path):
             self._files, self._base = fs.LocalFileSystem(), path
             return
@@ -154,66 +141,8 @@ class Storage:
         Raises UserError, which names `what`, at once if the store says that another attempt is no use, else
         StorageError at the end.
         """
-        begin, attempts = time.monotonic(), 0
-        while True:
-            attempts += 1
-            try:
-                result = action()
-            except OSError as error:
-                failure, reason = error, redacted(first_line(error), known=self._path)
-            else:
-                self._patience.recovered(what, time.monotonic() - begin)
-                return result
-            _raise_if_final(failure, reason, what, self._purpose)
-            waited = time.monotonic() - begin
-            if not self._patience.waits(what, reason, attempts=attempts, waited=waited):
-                raise StorageError(
-                    f"{what} cannot be read: {counted(attempts, 'attempt')} in {waited:.0f} seconds failed ({reason}); "
-                    f"check the storage and the network, then {self._purpose.again}"
-                ) from None
-
-
-class _Patience:
-    """How long and how often a store that fails is asked again; shared by all threads that read from it."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._ended = threading.Event()
-        self._lock = threading.Lock()
-        self._reported = -SECONDS_BETWEEN_REPORTS
-        self._is_down = False
-
-    def waits(self, what: str, reason: str, *, attempts: int, waited: float) -> bool:
-        """Pause before another attempt; False if there shall be none."""
-        left = self._seconds - waited
-        if left <= 0:
-            return False
-        self._report(what, reason, waited=waited, left=left)
-        # Half of it by chance: thousands of readers of one store must not come back all at once.
-        pause = min(FIRST_PAUSE * 2 ** min(attempts - 1, 16), LONGEST_PAUSE) * random.uniform(0.5, 1)
-        return not self._ended.wait(min(pause, left))
-
-    def recovered(self, what: str, waited: float) -> None:
-        """An attempt has succeeded."""
-        if self._is_down:
-            with self._lock:
-                self._is_down, was_down = False, self._is_down
-            if was_down:
-                _say(f"{what} answers again, after {waited:.0f} seconds")
-
-    def end(self) -> None:
-        """No more attempts."""
-        self._ended.set()
-
-    def _report(self, what: str, reason: str, *, waited: float, left: float) -> None:
-        """Say now and then what is being waited for; one line, however many threads wait."""
-        if waited < min(SILENT_SECONDS, self._seconds / 2):
-            return
-        with self._lock:
-            if time.monotonic() - self._reported < SECONDS_BETWEEN_REPORTS:
-                return
-            self._reported, self._is_down = time.monotonic(), True
-        _say(f"{what} does not answer ({reason}); trying again for up to {left:.0f} more seconds")
+        refuse = partial(_raise_if_final, purpose=self._purpose)
+        return self._patience.patiently(action, what, known=self._path, refuse=refuse, again=self._purpose.again)
 
 
 class StoredFile:
@@ -273,18 +202,13 @@ def _opened(file: pa.NativeFile) -> tuple[pa.NativeFile, int]:
     return file, file.size()
 
 
-def _raise_if_final(failure: OSError, reason: str, what: str, purpose: Purpose) -> None:
-    if isinstance(failure, FileNotFoundError) and not _REFUSED.search(reason):
+def _raise_if_final(failure: OSError, reason: str, what: str, *, purpose: Purpose) -> None:
+    if isinstance(failure, FileNotFoundError) and not is_refusal(reason):
         raise MissingFileError(f"{what} cannot be read: there is no such file; {purpose.restore}") from None
     if isinstance(failure, (IsADirectoryError, NotADirectoryError)):
         raise UserError(f"{what} cannot be read ({reason}); {purpose.restore}") from None
-    if isinstance(failure, (FileNotFoundError, PermissionError)) or _REFUSED.search(reason):
+    if isinstance(failure, (FileNotFoundError, PermissionError)) or is_refusal(reason):
         raise UserError(
             f"{what} cannot be read ({reason}); check the path and its permissions, and, of a store, the keys: "
             f"{purpose.keys}"
         ) from None
-
-
-def _say(text: str) -> None:
-    tqdm.write(text, file=sys.stderr)
-    sys.stderr.flush()

@@ -25,7 +25,7 @@ from ..model.recommender import NextItemModel, NextItemOutput, RankingModel, Ran
 from .config import Config
 from .costs import candidates_of, cost_model_of
 from .cut import Cut
-from .parallel import World
+from .parallel import World, seed_rank
 
 
 class Recommender(nn.Module):
@@ -137,7 +137,7 @@ def shard(recommender: Recommender, config: Config, world: World) -> Sharded:
     parallel = DistributedModelParallel(recommender, device=world.device, plan=plan, sharders=[sharder])
     init_tables(parallel, std=config.embeddings.init_std, seed=config.trainer.seed)
     # Ranks drop out different units; initial weights came from the common seed.
-    torch.manual_seed(config.trainer.seed * 65_537 + world.rank + 1)
+    seed_rank(config.trainer.seed, rank=world.rank)
     return Sharded(parallel, recommender, describe_plan(plan, config.embeddings))
 
 

@@ -17,14 +17,16 @@ columns loads the m of the columns around them, the best that is known of them; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..data.errors import UserError
 from ..embeddings.shards import TableShard
-from .pieces import Piece, Source, columns_by_prefix
+from ..embeddings.tables import ITEM_TABLE
+from .pieces import Piece, Source
 
 
 def table_pieces(shard: TableShard, *, dim: int) -> Iterator[Piece]:
@@ -43,7 +45,8 @@ def load_table(source: Source, shard: TableShard, *, dim: int, may_grow: bool) -
     """Fill a shard in place.
 
     Args:
-        may_grow: take up a table with fewer rows, whose new rows stay as they are, or none, which stays as it is.
+        may_grow: take up a table with fewer rows, whose new rows stay as they are, or none, which stays as it is. One
+            of hashed ids keeps its number of rows, which their remainders are by: old rows would serve other ids.
 
     Raises:
         UserError: the checkpoint's table is not this one.
@@ -56,6 +59,12 @@ def load_table(source: Source, shard: TableShard, *, dim: int, may_grow: bool) -
     num_rows, columns = stored.shape
     if columns != dim:
         raise UserError(f"its table {shard.table!r} has {columns} columns, this run's has {dim}")
+    if num_rows != shard.num_rows and may_grow and shard.table != ITEM_TABLE:
+        raise UserError(
+            f"its table {shard.table!r} of hashed ids has {num_rows} rows, this run's has {shard.num_rows}, and old "
+            f"rows would serve other ids; set data.features.{shard.table}.num_values={num_rows - 1}, or begin without "
+            "checkpoint.start_from"
+        )
     if num_rows > shard.num_rows or (num_rows < shard.num_rows and not may_grow):
         raise UserError(f"its table {shard.table!r} has {num_rows} rows, this run's has {shard.num_rows}")
     known = max(min(num_rows - shard.first_row, shard.weight_RD.size(0)), 0)
@@ -67,13 +76,32 @@ def load_table(source: Source, shard: TableShard, *, dim: int, may_grow: bool) -
         _load_rowwise(source, key, tensor_R[:known], shard.first_row, shard.first_column, shard.first_column + width)
 
 
-def load_whole(source: Source, name: str, tensor: Tensor) -> None:
-    """Fill a tensor that is not cut."""
+def load_whole(source: Source, name: str, tensor: Tensor, *, may_grow: bool = False) -> None:
+    """Fill a tensor that is not cut.
+
+    Args:
+        may_grow: take up one with fewer rows, whose new rows stay as they are, or none, which stays as it is.
+    """
+    if name not in source.entries and may_grow:
+        return
     _require(source, name)
-    stored = source.entries[name].shape
-    if stored != tuple(tensor.shape):
-        raise UserError(f"its {name} has shape {list(stored)}, this run's {list(tensor.shape)}")
-    source.read(name, tensor, origin=(0,) * tensor.dim())
+    stored, shape = source.entries[name].shape, tuple(tensor.shape)
+    has_grown = len(stored) == len(shape) > 0 and stored[0] < shape[0] and stored[1:] == shape[1:]
+    if stored != shape and not (may_grow and has_grown):
+        raise UserError(f"its {name} has shape {list(stored)}, this run's {list(shape)}")
+    source.read(name, tensor[: stored[0]] if has_grown else tensor, origin=(0,) * tensor.dim())
+
+
+def growth(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Of tensors by name, those that a checkpoint has not, or with fewer rows: what of them begins anew."""
+    told = []
+    for name, shape in sorted(shapes.items()):
+        stored = source.entries.get(name)
+        if stored is None:
+            told.append(f"{name} (new)")
+        elif shape and stored.shape[0] < shape[0]:
+            told.append(f"{name} (rows {stored.shape[0]} to {shape[0] - 1})")
+    return told
 
 
 def _elementwise(shard: TableShard, *, dim: int) -> Iterator[tuple[str, Tensor]]:
@@ -93,7 +121,7 @@ def _rowwise(shard: TableShard) -> Iterator[tuple[str, Tensor]]:
 
 def _load_rowwise(source: Source, key: str, out_R: Tensor, row: int, first: int, last: int) -> None:
     """The mean over the columns from `first` to `last` of what is stored per piece of columns."""
-    stored = columns_by_prefix(list(source.entries), key)
+    stored = _columns_by_prefix(list(source.entries), key)
     if (first, last) in stored:
         source.read(stored[first, last], out_R, origin=(row,))
         return
@@ -113,3 +141,14 @@ def _load_rowwise(source: Source, key: str, out_R: Tensor, row: int, first: int,
 def _require(source: Source, name: str) -> None:
     if name not in source.entries:
         raise UserError(f"it has no {name}")
+
+
+def _columns_by_prefix(names: Sequence[str], prefix: str) -> dict[tuple[int, int], str]:
+    """Of names such as `PREFIX/columns-0-128`, each with its columns."""
+    found: dict[tuple[int, int], str] = defaultdict(str)
+    for name in names:
+        head, separator, tail = name.partition("/columns-")
+        if separator and head == prefix:
+            first, last = tail.split("-")
+            found[int(first), int(last)] = name
+    return dict(found)

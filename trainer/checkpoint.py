@@ -19,17 +19,17 @@ from functools import partial
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from ..data.errors import UserError
+from ..data.errors import StorageError, UserError
 from ..data.loader import LoaderState
 from ..embeddings.shards import local_shards
-from .canonical import load_table, load_whole, table_pieces
-from .manifest import DamagedError, Manifest, use_newest
+from .canonical import growth, load_table, load_whole, table_pieces
+from .manifest import DamagedError, Manifest, Used, use_newest
 from .optimizer import Optimizer
 from .parallel import World, gather_objects, on_main
 from .pieces import Piece, Source
 from .retention import set_aside
 from .state import TrainState
-from .storage import Location
+from .storage import Location, Reading, UnreadableError
 
 TABLES = "lookup."
 """What names of the tables begin with in a recommender's state dict."""
@@ -65,11 +65,15 @@ def load_weights(parallel: DistributedModelParallel, folder: Location, *, world:
     return _together(folder, world, lambda source: _fill_weights(parallel, source, may_grow=False))
 
 
-def load(trainable: Trainable, folder: Location, *, world: World) -> Manifest:
+def load(trainable: Trainable, folder: Location, *, world: World, reading: Reading | None = None) -> Manifest:
     """Fill a freshly built run in place, whatever plan and number of ranks wrote the checkpoint.
+
+    Args:
+        reading: how patient to be with the storage; default: not at all.
 
     Raises:
         DamagedError: a file is not as it was written.
+        StorageError: the storage does not give it.
         UserError: the checkpoint is incomplete, or of a model with other tensors.
     """
     state = trainable.state
@@ -79,9 +83,9 @@ def load(trainable: Trainable, folder: Location, *, world: World) -> Manifest:
         for name, tensor in trainable.optimizer.state_tensors().items():
             load_whole(source, f"dense/{name}", tensor)
         ranks = _rank_states(source, source.manifest.world_size)
-        state.load_rank_states(ranks, rank=world.rank, world_size=world.size)
+        state.load_rank_states(ranks, rank=world.rank, world_size=world.size, step=source.manifest.step)
 
-    manifest = _together(folder, world, fill)
+    manifest = _together(folder, world, fill, reading)
     state.step, state.batches = manifest.step, manifest.batches
     state.validations = dict(manifest.validations)
     state.loader = LoaderState(manifest.loader.epoch, manifest.loader.consumed)
@@ -91,64 +95,101 @@ def load(trainable: Trainable, folder: Location, *, world: World) -> Manifest:
 
 
 def load_newest(
-    trainable: Trainable, folders: Sequence[Location], *, world: World, say: Callable[[str], None], owns: bool
-) -> Location:
-    """Load the newest of some complete checkpoints that is undamaged; a damaged one is told.
+    trainable: Trainable,
+    folders: Sequence[Location],
+    *,
+    world: World,
+    say: Callable[[str], None],
+    owns: bool,
+    reading: Reading | None = None,
+) -> Used[Manifest]:
+    """Load the newest of some complete checkpoints that is undamaged and can be read; others are told.
 
     Args:
         owns: damaged ones are set aside, as their run goes on; else nothing is written.
 
     Raises:
-        UserError: all are damaged, or the newest undamaged one does not fit.
+        UserError: all are damaged, or the newest usable one does not fit.
+        StorageError: the storage does not answer.
     """
-    used = use_newest(folders, lambda folder: load(trainable, folder, world=world), say=say)
+    used = use_newest(folders, lambda folder: load(trainable, folder, world=world, reading=reading), say=say)
     # Only now: where all are damaged, the memory of this machine may be at fault, and none of them.
     for folder in used.damaged if owns else ():
         on_main(world, partial(set_aside, folder))
-    return used.folder
+    return used
 
 
-def load_start(trainable: Trainable, folder: Location, *, world: World) -> None:
-    """Begin a new run from another run's weights, and its tables' optimizer state; tables may be new or have grown.
+def load_start(trainable: Trainable, folder: Location, *, world: World, reading: Reading | None = None) -> list[str]:
+    """Begin a new run from another run's weights, and its tables' optimizer state.
+
+    Tables and dense weights may be new or have grown: old rows come to their places, and others stay fresh.
+
+    Returns:
+        What stays fresh.
 
     Raises:
-        UserError: the checkpoint is damaged, or has other dense weights, or a table shrank.
+        UserError: the checkpoint is damaged, a tensor has fewer rows now or other columns, or a table of hashed ids has
+            another number of rows.
+        StorageError: the storage does not give it.
     """
-    _together(folder, world, lambda source: _fill_weights(trainable.parallel, source, may_grow=True))
+    told: list[str] = []
+
+    def fill(source: Source) -> None:
+        _fill_weights(trainable.parallel, source, may_grow=True)
+        told.extend(growth(source, _shapes(trainable.parallel)))
+
+    _together(folder, world, fill, reading)
+    return sorted({name for names in gather_objects(told) for name in names})
 
 
-def _together(folder: Location, world: World, fill: Callable[[Source], None]) -> Manifest:
+def _shapes(parallel: DistributedModelParallel) -> dict[str, tuple[int, ...]]:
+    """Of the weights that this rank holds, tables as wholes, by their names in a checkpoint."""
+    dim = parallel.module.lookup.dim
+    tables = {f"tables/{shard.table}/weight": (shard.num_rows, dim) for shard in local_shards(parallel)}
+    return tables | {f"weights/{name}": tuple(tensor.shape) for name, tensor in dense_weights(parallel).items()}
+
+
+def _together(
+    folder: Location, world: World, fill: Callable[[Source], None], reading: Reading | None = None
+) -> Manifest:
     """Fill on every rank; what one rank finds wrong, all ranks raise."""
     problem: UserError | None = None
     source = None
     try:
-        source = Source(folder)
+        source = Source(folder, reading)
         if missing := source.size_problems(part=world.rank, parts=world.size):
             raise DamagedError(f"checkpoint {folder} is damaged: {'; '.join(missing)}")
         fill(source)
-    except DamagedError as error:
+    except (DamagedError, StorageError) as error:
         problem = error
     except UserError as error:
         what = "it was written for other tables or another model"
         problem = UserError(f"checkpoint {folder} does not fit this run: {error}; {what}") if source else error
-    except OSError as error:
-        problem = UserError(f"cannot read checkpoint {folder}: {error}")
     finally:
         if source is not None:
             source.close()
-    # A damaged file weighs more than what does not fit on another rank, and rank 0's word more than others'.
-    problems = sorted((p for p in gather_objects(problem) if p), key=lambda p: not isinstance(p, DamagedError))
-    if problems:
+    if problems := sorted(filter(None, gather_objects(problem)), key=_weight):
         raise problems[0]
     assert source is not None
     return source.manifest
+
+
+def _weight(problem: UserError) -> int:
+    """Which of several ranks' problems to raise, the least first; of equals, that of the first rank.
+
+    A damaged file weighs more than one that another rank cannot read, and both more than what does not fit; storage
+    that was away for one rank says nothing about the checkpoint.
+    """
+    if isinstance(problem, (DamagedError, UnreadableError)):
+        return int(isinstance(problem, UnreadableError))
+    return 3 if isinstance(problem, StorageError) else 2
 
 
 def _fill_weights(parallel: DistributedModelParallel, source: Source, *, may_grow: bool) -> None:
     for shard in local_shards(parallel):
         load_table(source, shard, dim=parallel.module.lookup.dim, may_grow=may_grow)
     for name, tensor in dense_weights(parallel).items():
-        load_whole(source, f"weights/{name}", tensor)
+        load_whole(source, f"weights/{name}", tensor, may_grow=may_grow)
 
 
 def _rank_states(source: Source, world_size: int) -> list[dict[str, Tensor]]:

@@ -6,6 +6,7 @@ Ranks leave each other word in the process group's store, so that nothing here g
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import threading
 import time
@@ -16,7 +17,8 @@ from typing import Any
 from pydantic import TypeAdapter
 from torch._C._distributed_c10d import Store
 
-from .manifest import MANIFEST, DamagedError, FileRecord, Manifest, discard
+from ..data.patience import is_refusal
+from .manifest import MANIFEST, DamagedError, FileRecord, Manifest, discard, size_problem
 from .parallel import World
 from .pieces import Entry, Image, write_index
 from .storage import Location, make_folder
@@ -27,10 +29,34 @@ POLL_SECONDS = 0.005, 0.5
 
 
 COMPLETE = "complete"
+LASTING = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+)
+"""What fails in the same way until somebody mends it."""
 
 
 class SaveError(Exception):
     """A checkpoint could not be written; the message says on which rank, and why."""
+
+    def __init__(self, reason: str, *, is_lasting: bool = False) -> None:
+        super().__init__(reason)
+        self.is_lasting = is_lasting
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a checkpoint was not written, and whether that lasts until somebody mends it."""
+
+    reason: str
+    is_lasting: bool
 
 
 def is_complete(folder: Location, *, config_hash: str, dataset: str) -> bool:
@@ -46,7 +72,8 @@ def is_complete(folder: Location, *, config_hash: str, dataset: str) -> bool:
     except DamagedError:
         return False
     if (found.config_hash, found.dataset) != (config_hash, dataset):
-        raise SaveError(f"{folder} is a checkpoint of another run; give each run a checkpoint.path of its own")
+        told = f"{folder} is a checkpoint of another run; give each run a checkpoint.path of its own"
+        raise SaveError(told, is_lasting=True)
     return True
 
 
@@ -63,7 +90,7 @@ class Board:
 
     Args:
         store: keys of it belong to this run alone.
-        stopped: set when the run ends; nobody is waited for any more.
+        stopped: set when the run ends, or the save is given up; nobody is waited for any more.
     """
 
     def __init__(self, store: Store, *, stopped: threading.Event) -> None:
@@ -112,8 +139,10 @@ class Commit:
     board: Board
     sync: Sequence[Callable[[], None]]
     """Bring to disk what the run wrote about the steps so far."""
+    may_replace: bool = False
+    """Whether a complete checkpoint of this step goes: the storage did not give it."""
 
-    def run(self) -> str | None:
+    def run(self) -> Failure | None:
         """Write, and wait for the others; why the save failed, None if it is complete.
 
         Whatever else is raised comes from the store: then the others do not know of it.
@@ -121,9 +150,9 @@ class Commit:
         try:
             return self._run()
         except SaveError as known:
-            return str(known)
+            return Failure(str(known), known.is_lasting)
 
-    def _run(self) -> str | None:
+    def _run(self) -> Failure | None:
         if self.world.is_main:
             self._forget_last()
             self._tell("ready", self._attempt(self._begin))
@@ -132,26 +161,29 @@ class Commit:
         if begun.get("result") == COMPLETE:
             return None
         if "error" in begun:
-            return str(begun["error"])
+            return _failure(begun)
         self._tell(f"rank/{self.world.rank}", self._attempt(self._write_part))
         if self.world.is_main:
             parts = [self._hear(f"rank/{rank}") for rank in range(self.world.size)]
             self._tell("outcome", self._attempt(lambda: self._complete(parts)))
-        outcome: str | None = self._hear("outcome").get("error")
-        return outcome
+        outcome = self._hear("outcome")
+        return _failure(outcome) if "error" in outcome else None
 
     def _attempt(self, work: Callable[[], Any]) -> dict[str, Any]:
         """The result of some work, or why it failed."""
         try:
             return {"result": work()}
         except SaveError as error:
-            return {"error": str(error)}
+            return {"error": str(error), "lasts": error.is_lasting}
         except Exception as error:  # whatever a disk, an object store or a network may raise
-            return {"error": f"rank {self.world.rank}: {reason_of(error)}"}
+            reason = reason_of(error)
+            lasts = getattr(error, "errno", None) in LASTING or is_refusal(reason)
+            return {"error": f"rank {self.world.rank}: {reason}", "lasts": lasts}
 
     def _begin(self) -> str | None:
         """Make the folder ready; COMPLETE if it holds this checkpoint already, which nothing may then touch."""
-        if is_complete(self.folder, config_hash=self.manifest.config_hash, dataset=self.manifest.dataset):
+        found = is_complete(self.folder, config_hash=self.manifest.config_hash, dataset=self.manifest.dataset)
+        if found and not self.may_replace:
             return COMPLETE
         discard(self.folder)
         make_folder(self.folder)
@@ -167,8 +199,11 @@ class Commit:
         """Write index and manifest if every rank has written its file, else remove what there is."""
         try:
             if errors := list(dict.fromkeys(answer["error"] for answer in answers if "error" in answer)):
-                raise SaveError("; ".join(errors))
+                raise SaveError("; ".join(errors), is_lasting=any(answer.get("lasts") for answer in answers))
             parts = [TypeAdapter(Part).validate_python(answer["result"]) for answer in answers]
+            if lacking := [told for part in parts if (told := size_problem(self.folder, part.record))]:
+                told = f"rank 0 does not find what the ranks wrote to {self.folder}: {'; '.join(lacking)}"
+                raise SaveError(f"{told}; it must be a folder that all nodes share", is_lasting=True)
             index = write_index(self.folder, [part.entries for part in parts])
             files = [index, *(part.record for part in parts)]
             dataclasses.replace(self.manifest, files=files).write(self.folder)
@@ -185,3 +220,7 @@ class Commit:
     def _forget_last(self) -> None:
         ranks = (f"rank/{rank}" for rank in range(self.world.size))
         self.board.forget(self.number - 1, ["ready", "outcome", *ranks])
+
+
+def _failure(answer: dict[str, Any]) -> Failure:
+    return Failure(str(answer["error"]), bool(answer["lasts"]))

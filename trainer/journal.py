@@ -141,18 +141,40 @@ class Journal:
 def cut_after(path: Path, step: int) -> None:
     """Cut a file of JSON lines behind those up to `step`, which come first; it needs no room on the disk.
 
-    A last line that a kill cut off goes too.
+    What is no line goes too, where nothing to keep stands behind it: half a line after a kill, or, after a power cut,
+    zeros where lines were that no save had brought to disk.
+
+    Raises:
+        UserError: it stands among the lines to keep.
     """
     if not path.exists():
         return
-    kept = 0
+    kept, strange = 0, b""
     with path.open("rb+") as file:
         for line in file:
-            if not line.endswith(b"\n") or _parse(line.decode(errors="replace"), path)["step"] > step:
+            found = _step_in(line)
+            if found is None:
+                strange = strange or line
+            elif found > step:
                 break
-            kept += len(line)
+            elif strange:
+                raise _no_line(path, strange.decode(errors="replace"))
+            else:
+                kept += len(line)
         file.truncate(kept)
         os.fsync(file.fileno())
+    if strange.endswith(b"\n") or b"\0" in strange:  # half a line is what every kill leaves
+        tell(f"ATTENTION: {path} ended in what no run wrote, behind step {step}: {strange[:40]!r}; it is cut off")
+
+
+def _step_in(line: bytes) -> int | None:
+    """The step of a whole line; None if it is none."""
+    try:
+        value = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    found = value.get("step") if isinstance(value, dict) else None
+    return found if isinstance(found, int) else None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -170,4 +192,8 @@ def _parse(line: str, path: Path) -> dict[str, Any]:
             return dict(value)
     except (ValueError, AttributeError):
         pass
-    raise UserError(f"{path} has a line that no run wrote: {line[:80]!r}; remove that line to continue")
+    raise _no_line(path, line)
+
+
+def _no_line(path: Path, line: str) -> UserError:
+    return UserError(f"{path} has a line that no run wrote: {line[:80]!r}; remove that line to continue")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..data.deal import NO_LOADS, Loads
-from ..data.errors import UserError
+from ..data.errors import StorageError, UserError
 from ..data.faults import SkippedSample
 from ..data.loader import Loader
 from ..data.samples import Split
@@ -228,7 +228,8 @@ def finish(run: Run) -> None:
     error = wait_for_save(run)
     tell_missing(run)
     if error:
-        raise UserError(
+        kind = UserError if run.saver.is_lasting else StorageError
+        raise kind(
             f"the last step's checkpoint could not be written to {run.saver.home}: {error}; mend that and "
             "give the same command again: the run continues from its newest complete checkpoint"
         )

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 from pydantic import TypeAdapter
 
 from ..data.errors import UserError
-from .storage import Location, entries_of, put, remove_tree, size_of
+from .storage import Location, Reading, UnreadableError, entries_of, put, remove_tree, size_of
 
 Value = TypeVar("Value")
 
@@ -83,22 +83,24 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     @staticmethod
-    def read(folder: Location) -> Manifest:
+    def read(folder: Location, reading: Reading | None = None) -> Manifest:
         """The manifest of a checkpoint folder.
+
+        Args:
+            reading: how patient to be; default: not at all.
 
         Raises:
             DamagedError: it is not readable as one.
+            StorageError: the storage does not give it.
             UserError: there is none, or it is another version's.
         """
         path = folder / MANIFEST
         try:
-            content = path.read_bytes()
+            content = (reading or Reading())(path.read_bytes, str(path))
         except FileNotFoundError:
             raise UserError(
                 f"{folder} is no complete checkpoint: it has no {MANIFEST}, which is written last"
             ) from None
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
         body = content[: -len(_seal(b""))]
         is_whole = content == body + _seal(body)
         _refuse_other_version(path, content, is_whole=is_whole)
@@ -208,21 +210,23 @@ def checkpoints_at(place: Location) -> list[Location]:
     raise UserError(f"{place} is no complete checkpoint: neither it nor checkpoints/step-* below has a {MANIFEST}")
 
 
-def newest_readable(folders: Sequence[Location]) -> Manifest | None:
+def newest_readable(folders: Sequence[Location], reading: Reading | None = None) -> Manifest | None:
     """The manifest of the newest checkpoint that has a readable one; what loads it tells of the others."""
     for folder in reversed(folders):
-        with suppress(DamagedError):
-            return Manifest.read(folder)
+        with suppress(DamagedError, UnreadableError):
+            return Manifest.read(folder, reading)
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class Used(Generic[Value]):
-    """Which checkpoint served, what it gave, and the newer ones that are damaged."""
+    """Which checkpoint served, what it gave, and the newer ones that did not."""
 
     folder: Location
     value: Value
     damaged: list[Location]
+    unreadable: list[Location]
+    """Those that may be whole, had the storage given them."""
 
 
 def use_newest(
@@ -232,7 +236,7 @@ def use_newest(
     say: Callable[[str], None],
     as_given: Callable[[Location], str] = str,
 ) -> Used[Value]:
-    """Use the newest undamaged one of complete checkpoints, by step; damaged ones are told and passed over.
+    """Use the newest undamaged one of complete checkpoints, by step; others are told and passed over.
 
     A single one was asked for by name, and nothing else is used for it.
 
@@ -241,12 +245,20 @@ def use_newest(
 
     Raises:
         UserError: the only one, or all of them, are damaged.
+        UnreadableError: none is usable, and the storage did not give one of them.
     """
     damaged: list[Location] = []
+    unreadable: list[Location] = []
 
     def attempt(folder: Location) -> Used[Value] | None:
         try:
-            return Used(folder, use(folder), damaged)
+            return Used(folder, use(folder), damaged, unreadable)
+        except UnreadableError as error:
+            if len(folders) == 1:
+                raise
+            say(f"ATTENTION: {error}; looking for the checkpoint before it")
+            unreadable.append(folder)
+            return None
         except DamagedError as error:
             if len(folders) == 1:
                 raise DamagedError(f"{error}; {_instead_of(folder, as_given)}") from None
@@ -256,6 +268,11 @@ def use_newest(
 
     if (used := next(filter(None, map(attempt, reversed(folders))), None)) is not None:
         return used
+    if unreadable:
+        raise UnreadableError(
+            f"{unreadable[-1]} cannot be read, and none of this run's {len(folders)} complete checkpoints can be used; "
+            "check the disk and what it is attached to, then start again to continue"
+        )
     raise DamagedError(
         f"all {len(folders)} complete checkpoints of this run are damaged, {folders[0]} the oldest of them; restore "
         "their files from a copy, or begin anew with another --out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,6 +84,15 @@ def _device(name: str) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def seed_rank(seed: int, *, rank: int, step: int = 0) -> None:
+    """Begin a rank's random numbers, which no other rank has, nor this one from another step on."""
+    if step == 0:
+        torch.manual_seed(seed * 65_537 + rank + 1)
+    else:
+        # Hashed, since the CPU's generator takes the low 32 bits alone.
+        torch.manual_seed(zlib.crc32(f"{seed}/{rank}/{step}".encode()))
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

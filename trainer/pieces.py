@@ -10,7 +10,6 @@ import dataclasses
 import json
 import zlib
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from .manifest import Block, DamagedError, FileRecord, Manifest, size_problem, wrong_checksum
-from .storage import Location, put
+from .storage import Location, Reading, put
 from .writer import Writer
 
 INDEX = "index.json"
@@ -151,10 +150,18 @@ class Image:
         return FileRecord(self.file, [Block(end, crc) for end, crc in zip(self.ends, checksums, strict=True)])
 
     def close(self) -> None:
-        """End the process that writes, and give up the memory."""
+        """End the process that writes, and give up the memory, whoever may still hold this object."""
         self._writer.close()
         if self._is_pinned:
             _check_cuda(_cudart().cudaHostUnregister(self.buffer.data_ptr()))
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self._places.clear()
+        del self._writer.memory
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process that wrote is gone; one that hangs in its storage goes, and frees its memory, later."""
+        return self._writer.has_ended
 
 
 def _cudart() -> Any:
@@ -185,13 +192,18 @@ def write_index(folder: Location, parts: Sequence[dict[str, Entry]]) -> FileReco
 class Source:
     """A complete checkpoint to read from; every byte is checked as it is read.
 
+    Args:
+        reading: how patient to be with its storage; default: not at all.
+
     Raises:
         DamagedError: here and from `read`, when a file is not as it was written.
+        StorageError: likewise, when the storage does not give it.
     """
 
-    def __init__(self, folder: Location) -> None:
+    def __init__(self, folder: Location, reading: Reading | None = None) -> None:
         self.folder = folder
-        self.manifest = Manifest.read(folder)
+        self._reading = reading or Reading()
+        self.manifest = Manifest.read(folder, self._reading)
         self._records = {record.name: record for record in self.manifest.files}
         self._ends = {record.name: [block.end for block in record.blocks] for record in self.manifest.files}
         self._files: dict[str, Any] = {}
@@ -201,9 +213,9 @@ class Source:
         record = self._records.get(INDEX)
         if record is None:
             raise DamagedError(f"checkpoint {self.folder} is damaged: {INDEX} is missing")
-        if problem := size_problem(self.folder, record):
+        if problem := self._size_problem(record):
             raise self._damaged(problem)
-        content = (self.folder / INDEX).read_bytes()
+        content = self._reading((self.folder / INDEX).read_bytes, f"{self.folder}/{INDEX}")
         if zlib.crc32(content) != record.blocks[0].crc32:
             raise self._damaged(wrong_checksum(record))
         try:
@@ -216,8 +228,10 @@ class Source:
 
     def size_problems(self, *, part: int, parts: int) -> list[str]:
         """Files that are missing or have another size; `part` of `parts` looks at its share of them."""
-        share = self.manifest.files[part::parts]
-        return [problem for record in share if (problem := size_problem(self.folder, record))]
+        return [problem for record in self.manifest.files[part::parts] if (problem := self._size_problem(record))]
+
+    def _size_problem(self, record: FileRecord) -> str | None:
+        return self._reading(lambda: size_problem(self.folder, record), f"{self.folder}/{record.name}")
 
     def close(self) -> None:
         """Close every file."""
@@ -279,19 +293,26 @@ class Source:
     def _read_block(self, file: str, start: int, block: Block, out: Tensor) -> None:
         view = out.reshape(-1).view(torch.uint8).numpy().data
         if self._fill(file, start, view) != len(view):
-            raise self._damaged(size_problem(self.folder, self._records[file]) or f"{file} ends early")
+            raise self._damaged(self._size_problem(self._records[file]) or f"{file} ends early")
         if zlib.crc32(view) != block.crc32:
             raise self._damaged(wrong_checksum(self._records[file]))
 
     def _fill(self, file: str, start: int, view: memoryview) -> int:
         """Read bytes of a file into memory; how many there were."""
+        try:
+            return self._reading(lambda: self._fill_at_once(file, start, view), f"{self.folder}/{file}")
+        except FileNotFoundError:
+            raise self._damaged(f"{file} is missing") from None
+
+    def _fill_at_once(self, file: str, start: int, view: memoryview) -> int:
         if file not in self._files:
-            try:
-                self._files[file] = (self.folder / file).open("rb")
-            except FileNotFoundError:
-                raise self._damaged(f"{file} is missing") from None
-        self._files[file].seek(start)
-        return int(self._files[file].readinto(view))
+            self._files[file] = (self.folder / file).open("rb")
+        try:
+            self._files[file].seek(start)
+            return int(self._files[file].readinto(view))
+        except OSError:
+            self._files.pop(file).close()  # what has failed once may not serve again
+            raise
 
 
 def _key(piece: Piece) -> str:
@@ -317,14 +338,3 @@ def _numel(shape: Sequence[int]) -> int:
     for size in shape:
         count *= size
     return count
-
-
-def columns_by_prefix(names: Sequence[str], prefix: str) -> dict[tuple[int, int], str]:
-    """Of names such as `PREFIX/columns-0-128`, each with its columns."""
-    found: dict[tuple[int, int], str] = defaultdict(str)
-    for name in names:
-        head, separator, tail = name.partition("/columns-")
-        if separator and head == prefix:
-            first, last = tail.split("-")
-            found[int(first), int(last)] = name
-    return dict(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -22,15 +22,20 @@ DAMAGED = "manifest.damaged.json"
 """In an object store, which cannot rename folders, its manifest is renamed to this."""
 
 
-def retain(home: Location, config: CheckpointConfig, validations: Validations) -> set[int]:
+def retain(
+    home: Location, config: CheckpointConfig, validations: Validations, *, unreadable: Collection[int | None] = ()
+) -> set[int]:
     """Delete checkpoints that no setting keeps, and incomplete ones, as far as a complete one is newer.
 
     Of those set aside as damaged, the newest stays, for whoever wants to know what happened to it.
 
+    Args:
+        unreadable: steps of complete ones that the storage did not give: they supersede none.
+
     Returns:
         The steps whose complete checkpoints are kept.
     """
-    complete = complete_checkpoints(home)
+    complete = [folder for folder in complete_checkpoints(home) if step_of(folder) not in unreadable]
     if not complete:
         return set()
     steps = [step_of(folder) or 0 for folder in complete]

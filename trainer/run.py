@@ -17,7 +17,7 @@ from .evaluate import Evaluator
 from .journal import tell
 from .lock import alone_in
 from .loop import Run
-from .manifest import checkpoints_at, complete_checkpoints, newest_readable, use_newest
+from .manifest import Manifest, Used, checkpoints_at, complete_checkpoints, newest_readable, use_newest
 from .opening import open_loader
 from .optimizer import Optimizer
 from .parallel import World, on_main
@@ -26,7 +26,7 @@ from .report import Audit, Reporter, SkipLog, forget_after
 from .saver import Saver
 from .signals import StopRequest
 from .state import TrainState
-from .storage import Location, checkpoint_home, location, put
+from .storage import Location, Reading, checkpoint_home, location, put
 from .throughput import Throughput
 from .tiles import tell_of_other_tiles, with_tiles
 from .timing import Timer
@@ -45,10 +45,12 @@ def open_run(
 
     Raises:
         UserError: the dataset, the configuration or the run folder does not allow it.
+        StorageError: where the dataset or the checkpoints lie, nothing answers.
     """
     fingerprint = load_dataset(config).fingerprint
+    reading = _reading(config)
     with _alone(config, out, world):
-        complete = on_main(world, lambda: _own_checkpoints(config, out, fingerprint, fresh=fresh))
+        complete = on_main(world, lambda: _own_checkpoints(config, out, fingerprint, fresh=fresh, reading=reading))
         with assemble(config, out, world, complete, request=request or StopRequest(), owns=True) as run:
             run.saver.prepare(run.trainable.pieces(world))
             yield run
@@ -80,7 +82,8 @@ def assemble(
     info = load_dataset(config)
     sharded = shard(build_recommender(config, info), config, world)
     trainable = _trainable(config, sharded)
-    newest = _take_up(trainable, complete, config, world, owns=owns)
+    used = _take_up(trainable, complete, config, world, owns=owns)
+    newest = None if used is None else used.folder
     state = trainable.state
     skips = SkipLog(out, rank=world.rank)
     loader = open_loader(config, info, world, skips, state=state.loader, owns=owns)
@@ -98,6 +101,7 @@ def assemble(
         dataset=info.fingerprint,
         say=reporter.say,
         limit_seconds=config.trainer.timeout_seconds,
+        unreadable=[] if used is None else used.unreadable,
     )
     timer = Timer(world.device)
     reporter.say(_greeting(out, plan, newest, world, total_steps, is_over=state.is_over(config.trainer)))
@@ -150,16 +154,18 @@ def _pipeline(
     )
 
 
-def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool) -> list[Location]:
+def _reading(config: Config) -> Reading:
+    """As patient with checkpoints as with the dataset, but for the ranks that wait for one."""
+    return Reading(min(config.data.retry_seconds, config.trainer.timeout_seconds / 2))
+
+
+def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool, reading: Reading) -> list[Location]:
     """The complete checkpoints of this run, which must belong to this configuration."""
     home = checkpoint_home(config.checkpoint, out)
-    try:
-        complete = complete_checkpoints(home)
-    except OSError as error:
-        raise UserError(f"cannot look for checkpoints in {home}: {error}; check checkpoint.path and its keys") from None
+    complete = reading(lambda: complete_checkpoints(home), f"{home}/checkpoints")
     if fresh and (complete or (out / CONFIG_FILE).exists()):
         raise UserError(f"--fresh: {out} already holds a run; choose another --out, or delete that folder")
-    manifest = newest_readable(complete)
+    manifest = newest_readable(complete, reading)
     if manifest is None:
         return complete
     if manifest.dataset != dataset:
@@ -178,19 +184,24 @@ def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool) ->
 
 def _take_up(
     trainable: Trainable, complete: list[Location], config: Config, world: World, *, owns: bool
-) -> Location | None:
+) -> Used[Manifest] | None:
     """Load where to continue or begin from; returns the checkpoint that is continued."""
+    reading, begin = _reading(config), config.checkpoint.start_from
 
     def say(text: str) -> None:
         if world.is_main:
             tell(text)
 
     if complete:
-        return checkpoint.load_newest(trainable, complete, world=world, say=say, owns=owns)
-    if config.checkpoint.start_from is not None:
-        starts = on_main(world, lambda: checkpoints_at(location(config.checkpoint.start_from or "")))
-        start = use_newest(starts, lambda folder: checkpoint.load_start(trainable, folder, world=world), say=say)
+        return checkpoint.load_newest(trainable, complete, world=world, say=say, owns=owns, reading=reading)
+    if begin is not None:
+        starts = on_main(world, lambda: reading(lambda: checkpoints_at(location(begin)), shown(begin)))
+        start = use_newest(
+            starts, lambda folder: checkpoint.load_start(trainable, folder, world=world, reading=reading), say=say
+        )
         say(f"beginning with the weights of {start.folder}")
+        if start.value:
+            say(f"not in it, and fresh: {', '.join(start.value)}")
     return None
 
 
@@ -199,7 +210,7 @@ def _trainable(config: Config, sharded: Sharded) -> Trainable:
     dense = {name: p for name, p in parallel.named_parameters() if not name.startswith(checkpoint.TABLES)}
     sparse, replicated = parallel.fused_optimizer, parallel.module.lookup.replicated
     optimizer = Optimizer(config.optimizer, dense=dense, sparse=sparse, replicated=replicated, total_steps=1)
-    return Trainable(parallel, optimizer, TrainState())
+    return Trainable(parallel, optimizer, TrainState(seed=config.trainer.seed))
 
 
 def _total_steps(config: Config, loader: Loader) -> int:

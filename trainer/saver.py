@@ -23,9 +23,9 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 from ..data.errors import UserError
-from .commit import Board, Commit, SaveError, is_complete
+from .commit import Board, Commit, Failure, SaveError, is_complete
 from .config import CheckpointConfig
-from .manifest import Manifest, Position, checkpoint_folder
+from .manifest import Manifest, Position, checkpoint_folder, step_of
 from .parallel import World, gather_objects, on_main, sum_over_ranks
 from .pieces import Image, Piece, signature
 from .retention import retain, worth_keeping
@@ -38,6 +38,8 @@ PATIENCE_SECONDS = 10.0
 """How long from its beginning a save keeps the next one waiting; one that takes longer costs checkpoints, not steps."""
 WAIT_SECONDS = 0.5
 """Between two times that ranks who wait for the end of a save ask each other."""
+GIVE_UP_SECONDS = 1.0
+"""How long the thread of a save that is given up is waited for."""
 END_SECONDS = 10.0
 """How long the end of a run waits for the save in flight, twice: until it is told, and until it has heard."""
 
@@ -49,7 +51,8 @@ class Saver:
         out: the run folder.
         config_hash, dataset: what checkpoints belong to.
         say: tells the user a line of text.
-        limit_seconds: how long `wait` waits for storage.
+        limit_seconds: how long storage may take for a save; then it is given up.
+        unreadable: complete checkpoints that the storage did not give, and that a save of their step replaces.
     """
 
     def __init__(
@@ -62,18 +65,26 @@ class Saver:
         dataset: str,
         say: Callable[[str], None],
         limit_seconds: float = math.inf,
+        unreadable: Sequence[Location] = (),
     ) -> None:
         self.home = checkpoint_home(config, out)
         self.failures = 0
         """Saves of this process that were left out or came to nothing."""
+        self.is_lasting = False
+        """Whether the newest save would fail again in the same way, as far as this rank knows."""
         self._config, self._world, self._say = config, world, say
         self._config_hash, self._dataset = config_hash, dataset
         self._limit = limit_seconds
-        self._stopped = threading.Event()
+        self._unreadable = {step_of(folder) for folder in unreadable}
         # A process group may see several runs: each has keys of its own in the store.
         name = on_main(world, lambda: uuid.uuid4().hex)
-        self._board = Board(PrefixStore(f"checkpoint/{name}", _get_default_store()), stopped=self._stopped)
+        self._store = PrefixStore(f"checkpoint/{name}", _get_default_store())
+        self._stopped = threading.Event()
+        self._board = Board(self._store, stopped=self._stopped)
         self._image: Image | None = None
+        self._given_up: Image | None = None
+        """That of the last save that storage kept from ending."""
+        self._last_given_up = 0
         self._thread: threading.Thread | None = None
         self._began = 0.0
         self._number = 0
@@ -87,7 +98,7 @@ class Saver:
         """Begin to save what this rank holds at this step; all ranks call it at the same one.
 
         If the save before is still in flight, and has been for PATIENCE_SECONDS, this one is left out, and told; a
-        caller to whom it matters has called `wait`.
+        caller to whom it matters has called `wait`. One that has been for the limit is given up, and this one begins.
 
         Args:
             sync: bring to disk what the run wrote about the steps so far; called before the checkpoint is complete.
@@ -97,16 +108,19 @@ class Saver:
         if self._step == state.step and self._error is None and self._number:
             return  # it is saved already
         folder = checkpoint_folder(self.home, state.step)
-        self._number, self._step, self._is_lost = self._number + 1, state.step, False
+        self._number, self._step, self._is_lost, self.is_lasting = self._number + 1, state.step, False, False
         self._error = self._reserve(pieces)
         if self._error is not None:
             self._tell_failed(folder, state.step)
             return
         image = self._image_of(pieces)
         image.stage(pieces)
-        self._stopped.clear()
-        self._board.is_broken.clear()
-        commit = Commit(self._number, image, folder, self._manifest(state), self._world, self._board, sync)
+        # Of its own: a thread that was given up, and wakes up when its storage does, must find itself stopped.
+        self._stopped = threading.Event()
+        self._board = Board(self._store, stopped=self._stopped)
+        may_replace = state.step in self._unreadable
+        manifest = self._manifest(state)
+        commit = Commit(self._number, image, folder, manifest, self._world, self._board, sync, may_replace)
         self._began = time.monotonic()
         self._thread = threading.Thread(target=self._work, args=(commit,), name=f"save-{state.step}", daemon=True)
         self._thread.start()
@@ -125,11 +139,14 @@ class Saver:
 
     @property
     def is_busy(self) -> bool:
-        """Whether this rank's save is still in flight."""
-        return self._thread is not None and self._thread.is_alive()
+        """Whether this rank's save is still in flight, or the process of one that was given up holds its memory."""
+        is_writing = self._thread is not None and self._thread.is_alive()
+        return is_writing or (self._given_up is not None and not self._given_up.has_ended)
 
     def has(self, step: int) -> bool:
         """Whether a step has a complete checkpoint of this run, as far as the storage answers."""
+        if step in self._unreadable:
+            return False
         folder = checkpoint_folder(self.home, step)
         try:
             return is_complete(folder, config_hash=self._config_hash, dataset=self._dataset)
@@ -146,21 +163,24 @@ class Saver:
             # Together: rank 0 may host the store; if it ended here, ranks that still ask for the outcome would lose it.
             while self._busy_ranks(WAIT_SECONDS):
                 if int(sum_over_ranks(torch.tensor([time.monotonic() - started > self._limit]))):
-                    return self._give_up()
+                    self._give_up()
+                    return self._error
         step = self._step
         # Its manifest may stand although the word of it was lost.
         if self._error is not None and step is not None and on_main(self._world, lambda: self.has(step)):
             self._error = None
         return self._error
 
-    def _give_up(self) -> str:
-        """End a save that storage keeps from ending; what to say of it."""
+    def _give_up(self) -> None:
+        """End, on every rank, a save that storage keeps from ending."""
         self._stopped.set()
+        self._given_up, self._last_given_up = self._image, self._number
         self._free_image()
         if self._thread is not None:
-            self._thread.join(END_SECONDS)
+            self._thread.join(GIVE_UP_SECONDS)  # whoever waits for other ranks looks up more often
+        self._thread = None  # it may hang for ever, and no longer counts
         self._error = f"storage did not take it within {self._limit:g} s (trainer.timeout_seconds)"
-        return self._error
+        self._tell_failed(checkpoint_folder(self.home, self._step or 0), self._step or 0)
 
     def close(self) -> None:
         """Give a save in flight a last moment, then leave it unfinished; it needs the process group."""
@@ -199,6 +219,12 @@ class Saver:
         """Whether all ranks have finished the save before; a young one is waited for."""
         if not self._busy_ranks(max(self._began + PATIENCE_SECONDS - time.monotonic(), 0.0)):
             return True
+        if self._thread is not None:
+            is_late = time.monotonic() > self._began + self._limit
+            if int(sum_over_ranks(torch.tensor([is_late]))):
+                self._give_up()
+                if not self._busy_ranks(0.0):
+                    return True
         self.failures += 1
         self._say(
             f"checkpoint of step {step} left out: that of step {self._step} is still being written to {self.home}; "
@@ -223,13 +249,21 @@ class Saver:
 
     def _work(self, commit: Commit) -> None:
         """What the thread does: the save, and what its outcome calls for."""
+        is_lost = False
         try:
-            self._error = commit.run()
+            failure = commit.run()
         except Exception as error:  # of a store that is gone, maybe with the process group
-            self._is_lost, self._error = True, f"rank {self._world.rank}: {reason_of(error)}"
-        if self._error is not None:
+            failure, is_lost = Failure(f"rank {self._world.rank}: {reason_of(error)}", is_lasting=False), True
+        if commit.number <= self._last_given_up:
+            return  # which is told already
+        self._is_lost = is_lost
+        if failure is not None:
+            self._error, self.is_lasting = failure.reason, failure.is_lasting
             self._tell_failed(commit.folder, commit.manifest.step)
-        elif self._world.is_main:
+            return
+        self._error = None
+        self._unreadable.discard(commit.manifest.step)
+        if self._world.is_main:
             self._delete_superseded(commit.manifest)
 
     def _tell_failed(self, folder: Location, step: int) -> None:
@@ -241,7 +275,7 @@ class Saver:
 
     def _delete_superseded(self, manifest: Manifest) -> None:
         try:
-            self._kept = retain(self.home, self._config, manifest.validations)
+            self._kept = retain(self.home, self._config, manifest.validations, unreadable=self._unreadable)
         except Exception as error:  # whatever a disk, an object store or a network may raise
             self._say(f"superseded checkpoints of {self.home} could not be deleted: {reason_of(error)}")
 

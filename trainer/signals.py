@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from .writer import PR_SET_PDEATHSIG
+
 HANDLED = (signal.SIGTERM, signal.SIGINT)
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SAME_REQUEST_SECONDS = 2.0
 """Signals within this time count as one: Slurm signals every process of a step, and torchrun passes its own on."""
 
@@ -76,7 +77,7 @@ def _stop_when_orphaned() -> None:
     Nobody else would end its ranks, which hold the run folder and can save no more without the agent's store.
     """
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _left_to_the_thread(signum: int, frame: FrameType | None) -> None:

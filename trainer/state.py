@@ -13,6 +13,7 @@ from torch import Tensor
 from ..data.loader import LoaderState
 from .config import TrainerConfig
 from .health import Health
+from .parallel import seed_rank
 
 
 @dataclass
@@ -51,6 +52,8 @@ class TrainState:
     loader: LoaderState = field(default_factory=LoaderState)
     window: Window = field(default_factory=Window)
     health: Health = field(default_factory=Health)
+    seed: int = 0
+    """The run's."""
     validations: dict[int, dict[str, float | None]] = field(default_factory=dict)
     """By step, metrics of the validation split; None for those without a value. They tell which checkpoint is best."""
 
@@ -82,11 +85,13 @@ class TrainState:
             state["cuda_rng"] = torch.cuda.get_rng_state()
         return state
 
-    def load_rank_states(self, states: list[dict[str, Any]], *, rank: int, world_size: int) -> None:
-        """Take up what the saving ranks left: each its own, or, on another world size, rank 0 all windows."""
+    def load_rank_states(self, states: list[dict[str, Any]], *, rank: int, world_size: int, step: int) -> None:
+        """Take up what the saving ranks left at a step: each its own, or, on another world size, rank 0 all windows."""
         self.health = Health.of(states[0]["health"])  # equal on all of them
         if len(states) != world_size:
-            # Other ranks draw other dropout masks anyway: their freshly seeded streams are as good as the old ones.
+            # Other ranks draw other dropout masks anyway: fresh streams are as good as the old ones, but must not be
+            # those of the start, or a job whose number of ranks goes to and fro repeats its masks.
+            seed_rank(self.seed, rank=rank, step=step)
             totals = torch.stack([state["window"] for state in states]).sum(0)
             self.window = Window.of(totals) if rank == 0 else Window()
             return

@@ -2,16 +2,69 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, cast
+from typing import Any, BinaryIO, TypeAlias, TypeVar, cast
 
 from ..data.atomic import sync
-from ..data.errors import UserError
+from ..data.errors import StorageError, UserError
 from ..data.locations import is_uri, redacted, shown
+from ..data.patience import Patience, is_refusal
 from .config import CheckpointConfig
+
+T = TypeVar("T")
+
+
+class UnreadableError(StorageError):
+    """A disk cannot give what it holds, or this machine cannot get it; it may be whole."""
+
+
+class Reading:
+    """Reads of checkpoints: what storage fails to give is asked for again, as with the dataset.
+
+    Args:
+        seconds: for how long.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._patience = Patience(seconds)
+
+    def __call__(self, action: Callable[[], T], what: str) -> T:
+        """What `action` returns; `what` names that in messages.
+
+        Raises:
+            FileNotFoundError: there is none.
+            UnreadableError: a disk fails for good (EIO).
+            StorageError: the storage does not answer.
+            UserError: the storage says that another attempt is no use.
+        """
+        failures: list[OSError] = []
+
+        def attempt() -> T:
+            try:
+                return action()
+            except OSError as error:
+                failures.append(error)
+                raise
+
+        try:
+            return self._patience.patiently(attempt, what, refuse=_refuse)
+        except StorageError as error:
+            if failures[-1].errno == errno.EIO:
+                raise UnreadableError(str(error)) from None
+            raise
+
+
+def _refuse(failure: OSError, reason: str, what: str) -> None:
+    if isinstance(failure, (PermissionError, IsADirectoryError, NotADirectoryError)) or is_refusal(reason):
+        raise UserError(
+            f"{what} cannot be read ({reason}); check the path and its permissions, and, of a store, its keys"
+        ) from None
+    if isinstance(failure, FileNotFoundError):
+        raise failure
 
 
 class RemotePath:

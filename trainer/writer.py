@@ -39,10 +39,21 @@ END_SECONDS = 1.0
 """How long a killed process is waited for; one that hangs in a write of its storage ends when that returns."""
 PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
+CODE = f"""
+import sys
+sys.path[:] = [place for place in sys.path if place]
+from {__name__} import serve
+serve(*map(int, sys.argv[1:]))
+"""
+"""What the process runs. With `-m` it would look for modules in the working folder first, where a random.py may be."""
 
 
 class WriteError(Exception):
-    """A file could not be written; the message says why."""
+    """A file could not be written; the message says why, and the number too where the system gave one."""
+
+    def __init__(self, reason: str, number: int | None = None) -> None:
+        super().__init__(reason)
+        self.errno = number
 
 
 class Writer:
@@ -62,10 +73,10 @@ class Writer:
             # Every page now: where one is missing at the first copy, Linux ends the rank.
             os.posix_fallocate(self._descriptor, 0, padded)
             self.memory = mmap.mmap(self._descriptor, padded, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            """The bytes to write, and padding up to ALIGNMENT."""
         except OSError:
             os.close(self._descriptor)
             raise
-        """The bytes to write, and padding up to ALIGNMENT."""
         self._start()
 
     def _start(self) -> None:
@@ -73,13 +84,18 @@ class Writer:
         self._connection, theirs = Pipe()
         with theirs:
             numbers = [self._descriptor, theirs.fileno(), os.getpid()]
-            command = [sys.executable, "-m", f"{__package__}.writer", *map(str, numbers)]
+            command = [sys.executable, "-c", CODE, *map(str, numbers)]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=numbers[:2])
 
     @property
     def pid(self) -> int:
         """Id of the process."""
         return self._process.pid
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is gone, and the memory with it once nobody here holds it."""
+        return self._process.poll() is not None
 
     def revive(self) -> None:
         """Start the process anew if it died."""
@@ -101,7 +117,7 @@ class Writer:
             self._is_lost = True  # its end of the connection closes a moment before it has ended
             raise WriteError("the process that writes its file died") from None
         if problem is not None:
-            raise WriteError(problem)
+            raise WriteError(*problem)
         return list(checksums)
 
     def close(self) -> None:
@@ -203,8 +219,4 @@ def serve(memory: int, connection: int, rank: int) -> None:
             try:
                 requests.send((write_file(place, content, ends), None))
             except Exception as error:  # whatever a disk, an object store or a network may raise
-                requests.send((None, reason_of(error)))
-
-
-if __name__ == "__main__":
-    serve(*map(int, sys.argv[1:]))
+                requests.send((None, (reason_of(error), getattr(error, "errno", None))))

@@ -9,7 +9,7 @@ from moto.server import ThreadedMotoServer
 from object_store import FAILURES, Proxy, fill, free_port, refuse
 from random_datasets import random_histories, write_dataset
 
-from ultrarec.data import storage
+from ultrarec.data import patience
 from ultrarec.data.config import DataConfig
 from ultrarec.data.errors import StorageError, UserError
 from ultrarec.data.loader import Loader, RankingSampler
@@ -42,7 +42,7 @@ def stop(moto):
 @pytest.fixture
 def own_server(local, monkeypatch):
     """A server that a test may stop, and the dataset's address in it."""
-    monkeypatch.setattr(storage, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(patience, "SILENT_SECONDS", 0.5)
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
     host = fill(moto, local, "prepared").removeprefix("http://")
     yield moto, f"s3://key:secret@logs/prepared?scheme=http&endpoint_override={host}&region=us-east-1"
@@ -51,7 +51,7 @@ def own_server(local, monkeypatch):
 
 @pytest.fixture
 def proxy(server, monkeypatch):
-    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
     with Proxy(server) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield running

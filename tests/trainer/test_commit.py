@@ -9,7 +9,7 @@ from process_group import run_ranks
 
 from ultrarec.trainer import commit
 from ultrarec.trainer.config import CheckpointConfig
-from ultrarec.trainer.manifest import complete_checkpoints, step_of
+from ultrarec.trainer.manifest import checkpoint_folder, complete_checkpoints, step_of
 from ultrarec.trainer.parallel import World
 from ultrarec.trainer.pieces import Piece
 from ultrarec.trainer.saver import Saver
@@ -58,3 +58,26 @@ def test_a_save_whose_manifest_stands_is_complete_for_all_although_one_rank_does
     results = run_ranks(save_without_word, tmp_path, mute, "outcome", world_size=2)
     assert [errors for errors, _, _ in results] == [[None, None, None]] * 2
     assert [step_of(folder) for folder in complete_checkpoints(tmp_path)] == [1, 2, 3]
+
+
+def save_on_nodes_of_their_own(root):
+    """A save of two ranks to folders that they do not share, though both are there; why it failed."""
+    rank = dist.get_rank()
+    home = root / str(rank)
+    checkpoint_folder(root / "1", 1).mkdir(parents=True, exist_ok=True)
+    world = World(rank=rank, size=2, device=torch.device("cpu"))
+    saver = Saver(CheckpointConfig(), home, world, config_hash="", dataset="", say=lambda text: None)
+    saver.save([Piece.whole(f"rank/{rank}/values", torch.ones(10))], TrainState(step=1), sync=[])
+    error = saver.wait()
+    saver.close()
+    return error, saver.is_lasting
+
+
+def test_no_manifest_stands_beside_files_that_are_elsewhere(tmp_path):
+    for error, is_lasting in run_ranks(save_on_nodes_of_their_own, tmp_path, world_size=2):
+        assert error == (
+            f"rank 0 does not find what the ranks wrote to {checkpoint_folder(tmp_path / '0', 1)}: "
+            "rank-00001.safetensors is missing; it must be a folder that all nodes share"
+        )
+        assert is_lasting
+    assert complete_checkpoints(tmp_path / "0") == []

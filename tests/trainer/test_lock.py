@@ -7,11 +7,16 @@ import threading
 import time
 
 import pytest
+import torch
+import torch.distributed as dist
+from process_group import run_ranks
 from small_runs import config_of, lines
 
+from ultrarec.data.errors import UserError
 from ultrarec.data.locks import is_locked, open_lock
 from ultrarec.trainer import lock
 from ultrarec.trainer.__main__ import main
+from ultrarec.trainer.parallel import World
 
 
 @pytest.fixture
@@ -83,3 +88,18 @@ def test_two_runs_do_not_share_a_folder_of_checkpoints(dataset, tmp_path, monkey
     os.close(held)
     assert main([str(recipe), "--out", str(tmp_path / "out")]) == 0
     assert (home / "checkpoints" / "step-00000001").is_dir()
+
+
+def enter(root):
+    """What ranks are told that have folders of their own; one that they share lets them in."""
+    world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch.device("cpu"))
+    with pytest.raises(UserError) as refused, lock.alone_in(root / f"node-{world.rank}", world, timeout_seconds=10):
+        pass
+    with lock.alone_in(root / "run", world, timeout_seconds=10):
+        return str(refused.value)
+
+
+def test_a_folder_that_not_all_ranks_share_is_refused_before_training_and_nothing_stays_there(tmp_path):
+    for rank, told in enumerate(run_ranks(enter, tmp_path, world_size=2)):
+        assert told.startswith(f"rank(s) 1 do not see what rank 0 writes to {tmp_path / f'node-{rank}'}, ")
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {".lock"}

@@ -1,16 +1,22 @@
 """A run that was cut off and continued is the run that was not; on other ranks it still consumes each sample once."""
 
 import dataclasses
+import errno
+import itertools
 import json
+import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from process_group import run_ranks
 from small_runs import (
     audit,
     audited_steps,
+    checkpoint_tensors,
     config_of,
     differing,
     final_tensors,
@@ -23,6 +29,10 @@ from small_runs import (
 from ultrarec.data.schema import DatasetInfo
 from ultrarec.trainer.__main__ import main
 from ultrarec.trainer.manifest import MANIFEST, Manifest, checkpoint_folder, complete_checkpoints
+from ultrarec.trainer.parallel import World
+from ultrarec.trainer.pieces import Source
+from ultrarec.trainer.run import open_run
+from ultrarec.trainer.state import TrainState
 
 # An epoch has 12 steps: checkpoints lie inside a window of metrics (4, 8), at the end of an epoch (12), after it (16).
 SETTINGS = ("model.dropout=0.3", "checkpoint.every=4", "trainer.log_every=3", "trainer.evaluate_every=6")
@@ -206,6 +216,34 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_used(trained, dat
     assert folder.with_name(f"damaged-{folder.name}").is_dir()
 
 
+def test_a_checkpoint_that_the_disk_does_not_give_is_told_kept_and_replaced_by_its_step(
+    trained, dataset, tmp_path, capsys, monkeypatch
+):
+    out, recipe = interrupted(trained(1)["ranking"], tmp_path / "out", step=10), tmp_path / "recipe.toml"
+    folder, read, bad = checkpoint_folder(out, 10), Source._fill_at_once, [checkpoint_folder(out, k) for k in (5, 10)]
+    damage_byte(folder / "rank-00000.safetensors")  # which nobody sees: what is there later, is written anew
+
+    def fail(source, file, start, view):
+        if source.folder in bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(source, file, start, view)
+
+    monkeypatch.setattr(Source, "_fill_at_once", fail)
+    settings = ("trainer.max_steps=10", "data.retry_seconds=0", "checkpoint.every=3", "checkpoint.keep_last=1")
+    recipe.write_text(config_of(dataset, "ranking", *settings).to_toml())
+    assert main([str(recipe), "--out", str(out)]) == 75
+    assert f"error: {checkpoint_folder(out, 5)} cannot be read, and none" in capsys.readouterr().err
+    assert complete_checkpoints(out) == [checkpoint_folder(out, 5), folder]
+    bad.remove(checkpoint_folder(out, 5))
+    assert main([str(recipe), "--out", str(out)]) == 0
+    told = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("ATTENTION"))
+    assert told.startswith(f"ATTENTION: {folder}/rank-00000.safetensors cannot be read: 1 attempt in 0 seconds failed ")
+    assert told.endswith("; looking for the checkpoint before it")
+    assert complete_checkpoints(out) == [folder]
+    bad.clear()
+    assert not differing(final_tensors(out), checkpoint_tensors(checkpoint_folder(trained(1)["ranking"], 10)))
+
+
 @pytest.mark.parametrize("content", [b"{", b"\xff", b'{"step": 5}'])
 def test_a_damaged_manifest_is_told_and_the_checkpoint_before_it_is_used(trained, dataset, tmp_path, capsys, content):
     out = interrupted(trained(1)["ranking"], tmp_path / "out", step=10)
@@ -243,6 +281,89 @@ def test_a_run_begins_from_an_older_checkpoint_where_the_newest_is_damaged(train
     assert f"ATTENTION: checkpoint {checkpoint_folder(old, 24)} is damaged: index.json" in told
     assert f"beginning with the weights of {checkpoint_folder(old, 20)}\n" in told
     assert checkpoint_folder(old, 24) in complete_checkpoints(old), "another run's is only read"
+
+
+def begun(configs, root):
+    """By configuration: the weights and tables with which a run begins; what is said goes to a file."""
+    os.dup2(os.open(root / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    world, found = World(rank=0, size=1, device=torch.device("cpu")), []
+    for number, config in enumerate(configs):
+        with open_run(config, root / str(number), world, fresh=True) as run:
+            pieces = run.trainable.pieces(world)
+            found.append({piece.name: piece.tensor.numpy().copy() for piece in pieces if "rank/" not in piece.name})
+    return found
+
+
+def test_a_run_begins_with_the_old_rows_of_features_that_grew_and_new_ones_fresh_but_never_rehashed(
+    trained, dataset, tmp_path
+):
+    old = trained(1)["ranking"]
+    grown = ["data.features.tab.num_values=9"]
+    grown += [f"data.features.age.{part}" for part in ("kind=hash", "role=user", "num_values=9")]
+    start = f"checkpoint.start_from={old}"
+    configs = [config_of(dataset, "ranking", *grown), config_of(dataset, "ranking", *grown, start)]
+    ((fresh, found),) = run_ranks(begun, configs, tmp_path, world_size=1)
+    before = {name: tensor.numpy() for name, tensor in final_tensors(old).items()}
+    expected = {name: before.get(name, values) for name, values in fresh.items() if name.startswith("weights/")}
+    for name in ("content.tables.tables.0", "position.vectors"):
+        name = f"weights/model.encoder.{name}.weight"
+        rows = len(before[name])
+        assert rows < len(fresh[name])
+        expected[name] = np.concatenate([before[name], fresh[name][rows:]])
+    expected |= {name: before[name] for name in ("tables/item/weight", "tables/user_id/weight")}
+    expected["tables/age/weight"] = fresh["tables/age/weight"]
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
+    said = (tmp_path / "said").read_text().splitlines()
+    told = next(line for line in said if line.startswith("not in it, and fresh: "))
+    for each in ("tables/age/weight (new)", "content.tables.tables.0.weight (rows 6 to 9)", "projections.1.bias (new)"):
+        assert each in told
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("data.features.user_id.num_values=60", "its table 'user_id' of hashed ids has 31 rows, this run's has 61"),
+        ("model.width=16", "its weights/"),
+    ],
+)
+def test_a_run_does_not_begin_with_weights_of_other_widths_or_rows_of_other_hashes(
+    trained, dataset, tmp_path, capsys, change, problem
+):
+    start = ("--set", f"checkpoint.start_from={trained(1)['ranking']}")
+    assert train_by_command(dataset, "ranking", tmp_path / "out", *start, "--set", change) == 2
+    assert f"does not fit this run: {problem}" in capsys.readouterr().err
+
+
+def test_open_metrics_go_from_one_number_of_ranks_to_another(trained, dataset, tmp_path):
+    """The window over steps 5 to 8 is opened by two ranks, saved after step 6, and closed by three."""
+    whole, out = trained(2)["ranking"], tmp_path / "out"
+    shutil.copytree(interrupted(whole, tmp_path / "copy", step=5), out)
+    for world_size, last in ((2, 7), (3, 8)):
+        settings = ("trainer.log_every=4", "checkpoint.every=6", f"trainer.max_steps={last}")
+        run_ranks(train_on_ranks, [(config_of(dataset, "ranking", *settings), out)], world_size=world_size)
+        if last == 7:
+            shutil.rmtree(checkpoint_folder(out, 7))
+    samples = Counter[int]()
+    for line in (line for rank in (0, 1) for line in audited_steps(whole, rank)):
+        samples[line["step"]] += len(line["rows"])
+    found = {line["step"]: line["loss"] for line in lines(out)}
+    assert found.keys() == {1, 2, 3, 4, 5, 8}
+    expected = sum(losses(whole)[step - 1] * samples[step] for step in (6, 7, 8))
+    assert found[8] == pytest.approx(expected / sum(samples[step] for step in (6, 7, 8)), rel=1e-5)
+
+
+def test_dropout_on_another_number_of_ranks_is_that_of_no_other_rank_step_or_seed():
+    drawn = set()
+    for seed, rank, step in itertools.product((0, 1), (0, 1, 2), (0, 5, 6)):
+        state = TrainState(seed=seed)
+        left = [{**state.rank_state(), "health": state.health.to_tensor()} for _ in range(2)]
+        state.load_rank_states(left, rank=rank, world_size=3, step=step)
+        first = torch.rand(4).tolist()
+        state.load_rank_states(left, rank=rank, world_size=3, step=step)
+        assert torch.rand(4).tolist() == first
+        drawn.add(tuple(first))
+    assert len(drawn) == 2 * 3 * 3
 
 
 def train_by_command(dataset: Path, kind: str, out: Path, *arguments: str) -> int:

@@ -103,6 +103,17 @@ def test_memory_is_there_from_the_start():
         writer.close()
 
 
+def test_files_in_the_working_folder_are_not_taken_for_modules(tmp_path, monkeypatch):
+    for name in ("tempfile", "random", "mmap", "subprocess", "contextlib"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    writer = Writer(100)
+    try:
+        writer.write(tmp_path / "file", [100])
+    finally:
+        writer.close()
+
+
 def test_the_process_is_small(tmp_path):
     writer = Writer(100)
     try:
