@@ -187,6 +187,7 @@ def _left_out(run: Run, skipped: float) -> dict[str, float]:
 def evaluate(run: Run, split: Split) -> None:
     """Write a line about a held-out split."""
     start, left_out = time.monotonic(), list[SkippedSample]()
+    run.reporter.say(f"evaluating the {split} split")
     # The pipeline's rewritten model expects ids that are already exchanged; evaluation runs the plain one.
     run.pipeline.detach()
     with run.timer.phase("evaluation"):
@@ -219,12 +220,14 @@ def save(run: Run) -> None:
 def finish(run: Run) -> None:
     """Evaluate what the dataset holds out and save the last step, as far as an earlier process has not done so."""
     done = splits_done(run)
-    for split in run.evaluator.held_out:
-        if split not in done:
-            evaluate(run, split)
+    missing = [split for split in run.evaluator.held_out if split not in done]
+    if "validation" in missing:  # which checkpoint is the best is part of what is saved
+        evaluate(run, "validation")
     if not on_main(run.world, lambda: run.saver.has(run.state.step)):
         wait_for_save(run)  # one in flight, on slow storage, would have this one left out
         save(run)
+    if "test" in missing:
+        evaluate(run, "test")
     error = wait_for_save(run)
     tell_missing(run)
     if error:

@@ -23,7 +23,8 @@ def lost_connection(error: RuntimeError) -> str | None:
     gloo = re.match(r"\[\S*gloo/(?:transport|rendezvous)\S*\] ", first)
     if gloo is None and not isinstance(error, DistError):
         return None
-    return first[gloo.end() :] if gloo else first
+    # What gloo adds to it is advice for those who debug gloo.
+    return (first[gloo.end() :] if gloo else first).partition(". ")[0]
 
 
 def report(reason: str, out: Path, rank: int) -> str:
@@ -38,4 +39,5 @@ def report(reason: str, out: Path, rank: int) -> str:
     launcher = "torchrun starts all ranks again from the newest complete checkpoint while --max-restarts allows"
     alone = "the same command continues from the newest complete checkpoint"
     what_next = launcher if "TORCHELASTIC_RUN_ID" in os.environ else alone
-    return f"rank {rank} lost its connection to another rank: {reason}{where}; {what_next}; that one's log says why"
+    why = "what ended the other one stands in its own lines, or, where it was killed, in torchrun's"
+    return f"rank {rank} lost its connection to another rank: {reason}{where}; {what_next}; {why}"

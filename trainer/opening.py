@@ -10,8 +10,9 @@ from ..data.loader import Loader, LoaderState
 from ..data.schema import DatasetInfo
 from .build import build_loader
 from .config import Config
+from .journal import tell
 from .parallel import World, gather_objects, on_main
-from .report import SkipLog
+from .report import OPENING_FILE, SkipLog
 
 
 def open_loader(
@@ -49,6 +50,12 @@ def _record(skips: SkipLog, faults: Sequence[Fault]) -> None:
         raise UserError(
             f"{skips.folder}: what the dataset lacks cannot be listed there ({error.strerror}); choose another --out"
         ) from None
+    if faults:
+        rows = sum(fault.num_rows for fault in faults)
+        tell(
+            f"ATTENTION: {rows} row(s) are left out as damaged (data.bad_data='skip'), first {faults[0]}: "
+            f"{faults[0].problem}; all in {skips.folder / OPENING_FILE}"
+        )
 
 
 def check_ranks(faults: Sequence[Fault]) -> None:
