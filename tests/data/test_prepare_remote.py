@@ -13,7 +13,7 @@ from interaction_logs import ROLES, log_with_ties, prepare_log, write_csv, write
 from moto.server import ThreadedMotoServer
 from object_store import FAILURES, Proxy, fill
 
-from ultrarec.data import storage
+from ultrarec.data import patience, storage
 from ultrarec.data.errors import StorageError, UserError
 from ultrarec.data.preparation import sources
 from ultrarec.data.prepare import PrepareOptions
@@ -45,7 +45,7 @@ def server(local):
 
 @pytest.fixture
 def proxy(server, monkeypatch):
-    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
     with Proxy(server) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield running
