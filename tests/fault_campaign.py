@@ -236,7 +236,8 @@ def survive(recipe: Path, out: Path, faults: list[Fault], *, world_sizes: list[i
         if ended.struck is None or ended.struck in ENDURED:
             # Only a run that cannot save its last step may end otherwise, and must be continued.
             last = ended.struck is not None and "the last step's checkpoint could not be written" in log.read_text()
-            assert set(ended.codes) <= ({0, 2, 75} if last else {0}), f"{fault}: {ended.codes}\n{log.read_text()[-3000:]}"
+            allowed = {0, 2, 75} if last else {0}
+            assert set(ended.codes) <= allowed, f"{fault}: {ended.codes}\n{log.read_text()[-3000:]}"
         if ended.struck == "disk full":
             assert "NOT WRITTEN" in log.read_text(), f"{fault}: the failed save was not told of"
         if ended.struck == "all full":
