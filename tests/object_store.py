@@ -1,6 +1,8 @@
 """An S3 store for tests: a real server on this machine, behind a proxy that can be made to fail."""
 
 import socket
+import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -18,6 +20,15 @@ class Proxy(ThreadingHTTPServer):
         self.target = target
         self.misbehave = lambda handler: False
         self.failures = 0
+
+
+@contextmanager
+def running_proxy(target):
+    """A proxy in front of the server at `target`, while the block lasts."""
+    with Proxy(target) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield proxy
+        proxy.shutdown()
 
 
 class Forward(BaseHTTPRequestHandler):

@@ -4,14 +4,13 @@ import gzip
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import boto3
 import pytest
 from interaction_logs import ROLES, log_with_ties, prepare_log, write_csv, write_log
 from moto.server import ThreadedMotoServer
-from object_store import FAILURES, Proxy, fill
+from object_store import FAILURES, fill, running_proxy
 
 from ultrarec.data import patience, storage
 from ultrarec.data.errors import StorageError, UserError
@@ -46,10 +45,8 @@ def server(local):
 @pytest.fixture
 def proxy(server, monkeypatch):
     monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
-    with Proxy(server) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+    with running_proxy(server) as running:
         yield running
-        running.shutdown()
 
 
 @pytest.fixture

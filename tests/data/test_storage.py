@@ -6,7 +6,7 @@ import time
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
-from object_store import FAILURES, Proxy, fill, free_port, refuse
+from object_store import FAILURES, fill, free_port, refuse, running_proxy
 from random_datasets import random_histories, write_dataset
 
 from ultrarec.data import patience
@@ -52,10 +52,8 @@ def own_server(local, monkeypatch):
 @pytest.fixture
 def proxy(server, monkeypatch):
     monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
-    with Proxy(server) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+    with running_proxy(server) as running:
         yield running
-        running.shutdown()
 
 
 @pytest.fixture
