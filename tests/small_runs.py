@@ -159,7 +159,7 @@ def train_on_ranks(runs: Sequence[tuple[Config, Path]]) -> None:
 def lines(out: Path, split: str = "train") -> list[dict[str, Any]]:
     """The metrics of a split, without what a clock measured, or what counts from where the process began."""
     parsed = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("imbalance", "time", "tokens_per_second", "samples_per_second", "model_tflops", "seconds/")
+    clocks = ("time", "tokens_per_second", "samples_per_second", "model_tflops", "seconds/")
     return [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in parsed if line["split"] == split]
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from ..data.deal import NO_LOADS, Loads
 from ..data.errors import StorageError, UserError
 from ..data.faults import SkippedSample
 from ..data.loader import Loader
@@ -33,15 +32,11 @@ from .watchdog import Watchdog
 
 @dataclass
 class Meter:
-    """What this rank has trained since the last line of metrics, or since this process began; not part of the state."""
+    """What is divided by this process's seconds since the last line of metrics, or since it began: not saved."""
 
     steps: int = 0
     samples: int = 0
     tokens: int = 0
-    skipped: int = 0
-    """Samples left out as damaged."""
-    loads: Loads = NO_LOADS
-    """Of all ranks: every one plans whole steps, and need not ask the others."""
     start: float = field(default_factory=time.monotonic)
     """Moved on by the time that evaluating and saving take."""
 
@@ -127,17 +122,16 @@ def record(run: Run, step: Step) -> None:
     run.meter.steps += 1
     for trained in step.trained:
         batch = trained.batch
-        state.window.add(loss_sum=trained.loss_sum, labels=batch.labels.numel())
+        state.window.add(batch, loss_sum=trained.loss_sum)
         run.meter.samples += len(batch.samples)
         run.meter.tokens += batch.timestamps.numel()
-        run.meter.loads += batch.loads
         run.throughput.add(batch)
     if run.audit is not None:
         skipped = [consumed.batch.samples for consumed in step.consumed if not consumed.verdict.is_good]
         samples = [consumed.batch.samples for consumed in step.consumed]
         run.audit.write(step=state.step, epoch=state.epoch, samples=samples, skipped=skipped)
     left_out = [sample for consumed in step.consumed for sample in consumed.batch.skipped]
-    run.meter.skipped += len(left_out)
+    state.window.skipped += len(left_out)
     run.skips.write("train", step=state.step, epoch=state.epoch, skipped=left_out)
     run.reporter.advance()
     run.watchdog.beat(state.step)
@@ -145,11 +139,11 @@ def record(run: Run, step: Step) -> None:
 
 def log(run: Run, step: Step) -> None:
     """Write a line about the steps since the last one, over all ranks."""
-    loss_sum, labels = sum_over_ranks(run.state.window.totals()).tolist()
-    meter = run.meter
+    meter, window = run.meter, run.state.window
+    loss_sum, labels, skipped = sum_over_ranks(window.sums()).tolist()
     unwritten = sum(journal.missing for journal in run.journals)
-    counted = [meter.samples, meter.tokens, meter.skipped, run.throughput.read(), unwritten]
-    samples, tokens, skipped, flops, unwritten = sum_over_ranks(torch.tensor(counted, dtype=torch.float64)).tolist()
+    counted = [meter.samples, meter.tokens, run.throughput.read(), unwritten]
+    samples, tokens, flops, unwritten = sum_over_ranks(torch.tensor(counted, dtype=torch.float64)).tolist()
     seconds = time.monotonic() - run.meter.start
     per_rank = over_ranks(run.timer.read(), steps=run.meter.steps)
     run.reporter.ranks({"step": run.state.step, "seconds": seconds_of_ranks(per_rank)})
@@ -164,8 +158,8 @@ def log(run: Run, step: Step) -> None:
             "tokens_per_second": tokens / seconds,
             "samples_per_second": samples / seconds,
             **run.throughput.metrics(flops, seconds, num_ranks=run.world.size),
-            "imbalance": meter.loads.largest / max(meter.loads.mean, 1),
-            "imbalance_least": meter.loads.least / max(meter.loads.mean, 1),
+            "imbalance": window.loads.largest / max(window.loads.mean, 1),
+            "imbalance_least": window.loads.least / max(window.loads.mean, 1),
             "skipped_batches": run.state.health.skipped,
             **metrics_of(per_rank),
             **({"failed_saves": run.saver.failures} if run.saver.failures else {}),

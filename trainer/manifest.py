@@ -19,7 +19,7 @@ from .storage import Location, Reading, UnreadableError, entries_of, put, remove
 Value = TypeVar("Value")
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class DamagedError(UserError):

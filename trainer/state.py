@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.batch import Batch
+from ..data.deal import NO_LOADS, Loads
 from ..data.loader import LoaderState
 from .config import TrainerConfig
 from .health import Health
@@ -18,28 +20,48 @@ from .parallel import seed_rank
 
 @dataclass
 class Window:
-    """What this rank has seen since the last line of metrics; sums stay on the device until the line is written."""
+    """What this rank has trained since the last line of metrics; sums stay on the device until the line is written."""
 
     loss_sum: Tensor | None = None
     labels: int = 0
+    skipped: int = 0
+    """Samples left out as damaged."""
+    loads: Loads = NO_LOADS
+    """Of all ranks: every one plans whole steps, and need not ask the others."""
 
-    def add(self, *, loss_sum: Tensor, labels: int) -> None:
-        """Take in one batch."""
+    def add(self, batch: Batch, *, loss_sum: Tensor) -> None:
+        """Take in one trained batch."""
         # Read only when a line is written: .item() here would stop the host in every step.
         loss = loss_sum.detach().double()
         self.loss_sum = loss if self.loss_sum is None else self.loss_sum + loss
-        self.labels += labels
+        self.labels += batch.labels.numel()
+        self.loads += batch.loads
 
-    def totals(self) -> Tensor:
-        """[loss sum, labels], float64, on the CPU."""
+    def sums(self) -> Tensor:
+        """[loss sum, labels, skipped samples], float64, on the CPU: what is to be added up over ranks."""
         loss = 0.0 if self.loss_sum is None else float(self.loss_sum)
-        return torch.tensor([loss, self.labels], dtype=torch.float64)
+        return torch.tensor([loss, self.labels, self.skipped], dtype=torch.float64)
+
+    def to_tensor(self) -> Tensor:
+        """[6] float64 for a checkpoint: the sums, then the loads' mean, largest and least."""
+        loads = torch.tensor([self.loads.mean, self.loads.largest, self.loads.least], dtype=torch.float64)
+        return torch.cat([self.sums(), loads])
 
     @staticmethod
-    def of(totals: Tensor) -> Window:
-        """The window with these totals."""
-        loss, labels = totals.tolist()
-        return Window(torch.tensor(loss, dtype=torch.float64), int(labels))
+    def of(values: Tensor) -> Window:
+        """What `to_tensor` wrote."""
+        loss, labels, skipped, mean, largest, least = values.tolist()
+        loads = Loads(mean, int(largest), least)
+        return Window(torch.tensor(loss, dtype=torch.float64), int(labels), int(skipped), loads)
+
+    @staticmethod
+    def of_other_ranks(windows: list[Window], *, rank: int) -> Window:
+        """A rank's part of what ranks of another number left: rank 0 takes all sums; the loads are everybody's."""
+        loads = windows[0].loads
+        if rank > 0:
+            return Window(loads=loads)
+        loss, labels, skipped = torch.stack([window.sums() for window in windows]).sum(0).tolist()
+        return Window(torch.tensor(loss, dtype=torch.float64), int(labels), int(skipped), loads)
 
 
 @dataclass
@@ -78,7 +100,7 @@ class TrainState:
         """This rank's own part: random numbers and open metrics."""
         state: dict[str, Any] = {
             "cpu_rng": torch.get_rng_state(),
-            "window": self.window.totals(),
+            "window": self.window.to_tensor(),
             "health": self.health.to_tensor(),
         }
         if torch.cuda.is_available():
@@ -92,8 +114,7 @@ class TrainState:
             # Other ranks draw other dropout masks anyway: fresh streams are as good as the old ones, but must not be
             # those of the start, or a job whose number of ranks goes to and fro repeats its masks.
             seed_rank(self.seed, rank=rank, step=step)
-            totals = torch.stack([state["window"] for state in states]).sum(0)
-            self.window = Window.of(totals) if rank == 0 else Window()
+            self.window = Window.of_other_ranks([Window.of(state["window"]) for state in states], rank=rank)
             return
         own = states[rank]
         self.window = Window.of(own["window"])

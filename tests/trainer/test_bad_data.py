@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from process_group import run_ranks
-from small_runs import audit, config_of, lines, make_dataset, train_on_ranks
+from small_runs import audit, config_of, interrupted, lines, make_dataset, train_on_ranks
 
 from ultrarec.data.loader import RankingSampler
 from ultrarec.data.samples import RowCounts
@@ -64,6 +64,25 @@ def test_skipped_samples_are_counted_and_listed_and_all_others_trained(tmp_path)
     assert num_samples["train"] > 3
     assert {(line["fault"]["row"], line["fault"]["column"]) for line in listed(out)} == {(row, "items")}
     assert not [sample for sample in audit(out)[0] if sample[:2] == (0, row)]
+
+
+@pytest.mark.parametrize("world_size", [2, 1])
+def test_a_restart_loses_none_of_the_samples_counted_since_the_last_line(tmp_path, world_size):
+    dataset, whole, resumed = make_dataset(tmp_path / "dataset", num_users=30), tmp_path / "whole", tmp_path / "resumed"
+    settings = ("data.bad_data=skip", "trainer.epochs=1", "trainer.log_every=1000", "checkpoint.every=1")
+    config = config_of(dataset, "ranking", *settings, "checkpoint.keep_last=100")
+    break_row(dataset, busy_row(dataset)[0])
+    run_ranks(train_on_ranks, [(config, whole)], world_size=2)
+    counted = lines(whole)[-1]
+    first = min(line["step"] for line in listed(whole) if line["split"] == "train")
+    run_ranks(train_on_ranks, [(config, interrupted(whole, resumed, step=first))], world_size=world_size)
+    again = lines(resumed)[-1]
+    assert first < counted["step"]
+    assert again["skipped_samples"] == counted["skipped_samples"] > 0
+    if world_size == 2:
+        assert again["imbalance"] == counted["imbalance"] > 1
+    else:
+        assert 1 < again["imbalance"] < counted["imbalance"]  # a rank alone adds steps that are even
 
 
 def test_a_mean_is_over_the_labels_that_are_trained(tmp_path):

@@ -327,7 +327,7 @@ def test_verify_of_a_checkpoint_without_manifest_is_refused(run_folder, command)
         command("verify", folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 5}', '{"format_version": 3}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 5}', '{"format_version": 4}'])
 def test_a_manifest_that_is_none_is_damage(run_folder, command, capsys, text):
     folder = checkpoint_folder(run_folder, 5)
     (folder / MANIFEST).write_text(text)
@@ -343,8 +343,8 @@ def test_a_manifest_that_is_none_is_damage(run_folder, command, capsys, text):
 def test_a_manifest_of_another_format_is_refused_with_both_versions(run_folder):
     folder = checkpoint_folder(run_folder, 5)
     dataclasses.replace(Manifest.read(folder), format_version=99).write(folder)
-    with pytest.raises(UserError, match="has format version 99; this version of ultrarec reads 3"):
+    with pytest.raises(UserError, match="has format version 99; this version of ultrarec reads 4"):
         Manifest.read(folder)
     (folder / MANIFEST).write_text('{"format_version":2}')
-    with pytest.raises(UserError, match="has format version 2; this version of ultrarec reads 3"):
+    with pytest.raises(UserError, match="has format version 2; this version of ultrarec reads 4"):
         Manifest.read(folder)
