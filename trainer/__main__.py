@@ -93,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with suppress(OSError):
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # before signals are requests: while the heavy imports run
+        return 130
 
 
 if __name__ == "__main__":

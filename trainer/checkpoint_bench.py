@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,7 +80,11 @@ def measure(root: Path, *, gib: float, device: torch.device) -> dict[str, Any]:
     saver = Saver(config, root, world, config_hash="", dataset="", say=print)
     _save(trainable, saver, world)  # the first one allocates its copy
     saver.wait()
-    rounds = [_round(trainable, saver, world) for _ in range(ROUNDS)]
+    rounds = []
+    for number in range(ROUNDS):
+        if world.is_main:
+            print(f"round {number + 1} of {ROUNDS}, in {root}", file=sys.stderr)
+        rounds.append(_round(trainable, saver, world))
     size = Manifest.read(checkpoint_folder(root, trainable.state.step)).bytes
     saver.close()
     return {"bytes": size, "rounds": rounds}

@@ -181,5 +181,7 @@ def _folders(place: Location) -> list[Location]:
         return [place]  # the second, also where it was set aside as damaged
     folders = all_checkpoints(place)
     if not folders:
+        if isinstance(place, Path) and (place / "config.toml").is_file():
+            raise UserError(f"{place} holds a run that has not saved yet: see checkpoint.every in its config.toml")
         raise UserError(f"{place} is neither a checkpoint nor a run folder with checkpoints/step-*; check the path")
     return folders

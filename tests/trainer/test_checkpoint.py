@@ -320,6 +320,12 @@ def test_a_path_without_checkpoints_is_refused(tmp_path, command, action):
         command(action, tmp_path / "nowhere")
 
 
+def test_a_run_that_has_not_saved_yet_is_told_from_a_wrong_path(trained, tmp_path, command):
+    shutil.copy(trained(1)["ranking"] / "config.toml", tmp_path)
+    with pytest.raises(UserError, match="has not saved yet"):
+        command("list", tmp_path)
+
+
 def test_verify_of_a_checkpoint_without_manifest_is_refused(run_folder, command):
     folder = checkpoint_folder(run_folder, 5)
     (folder / MANIFEST).unlink()
