@@ -79,9 +79,13 @@ def run(args: argparse.Namespace) -> int:
 
     from torchx.runner import get_runner
 
-    from ..data.locations import redacted
+    from ..data.locations import is_uri, redacted
     from . import application, local
 
+    if args.scheduler == "local_cwd" and not args.dryrun and not is_uri(config.data.path):
+        from ..data.storage import load_dataset
+
+        load_dataset(config.data.path)  # what is missing is said before processes start
     out = args.out or application.default_out(args.recipe)
     size = application.Size.of(config, args.size)
     if args.scheduler != "local_cwd":

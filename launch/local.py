@@ -11,11 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from ..data.errors import UserError
 from . import application, processes
@@ -105,7 +105,8 @@ def run(runner: Runner, request: Any, *, out: Path, size: application.Size, grac
     """
     app_id = request.request.app_id
     agents = [Path(folder) for folder in request.request.role_log_dirs[application.ROLE]]
-    followed = [_FirstRank(application.rank_logs(out, app_id, node)) for node in range(size.nodes)]
+    followed: list[_Shown] = [_FirstRank(application.rank_logs(out, app_id, node)) for node in range(size.nodes)]
+    followed += [_Killed(folder / "stderr.log", node) for node, folder in enumerate(agents)]
     print(f"{app_id}: {size.nodes} x {size.procs} processes on this machine, run folder {out}", flush=True)
     processes.adopt_orphans()
     with _caught_signals() as caught:
@@ -147,7 +148,7 @@ def _caught_signals() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def _wait(runner: Runner, handle: str, followed: list[_FirstRank], caught: list[int], *, at_least: int) -> bool:
+def _wait(runner: Runner, handle: str, followed: list[_Shown], caught: list[int], *, at_least: int) -> bool:
     """Show the job until it ends or a signal arrives; True when it succeeded."""
     from torchx.specs import AppState, is_terminal
 
@@ -182,9 +183,33 @@ def _outlived_losses(ends: list[int | None], size: application.Size) -> bool:
     return True
 
 
-def _show(followed: list[_FirstRank]) -> None:
-    for rank in followed:
-        rank.show()
+def _show(followed: list[_Shown]) -> None:
+    for each in followed:
+        each.show()
+
+
+class _Shown(Protocol):
+    def show(self) -> None:
+        """Tell what is new."""
+
+
+class _Killed:
+    """Tells which rank a signal has ended: it had no time to say so, and torchrun says it to its own log only."""
+
+    PATTERN = re.compile(r"failed \(exitcode: -(?P<signal>\d+)\) local_rank: (?P<rank>\d+) \(pid: (?P<pid>\d+)\)")
+
+    def __init__(self, log: Path, node: int) -> None:
+        self._log, self._node, self._read = log, node, 0
+
+    def show(self) -> None:
+        with suppress(FileNotFoundError), self._log.open("rb") as file:
+            file.seek(self._read)
+            whole_lines = file.read().rpartition(b"\n")[0]
+            self._read += len(whole_lines)
+            for match in self.PATTERN.finditer(whole_lines.decode(errors="replace")):
+                name = signal.Signals(int(match["signal"])).name
+                what = f"local rank {match['rank']} of node {self._node} (pid {match['pid']}) was killed by {name}"
+                print(what, file=sys.stderr, flush=True)
 
 
 class _FirstRank:

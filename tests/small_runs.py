@@ -20,6 +20,7 @@ from ultrarec.trainer.manifest import checkpoint_folder, complete_checkpoints, s
 from ultrarec.trainer.parallel import World
 from ultrarec.trainer.pieces import Source
 from ultrarec.trainer.run import open_run
+from ultrarec.trainer.saved import remember_saved
 
 NUM_ITEMS = 45
 # Widths that are no multiple of fbgemm's four, two sharded tables, a feature of every role, and a context token. A
@@ -211,4 +212,5 @@ def interrupted(out: Path, copy: Path, *, step: int) -> Path:
         if (step_of(folder) or 0) > step:
             shutil.rmtree(folder)
     assert complete_checkpoints(copy)[-1] == checkpoint_folder(copy, step)
+    remember_saved(copy, copy, step)
     return copy

@@ -174,12 +174,29 @@ class Config(Section):
 
     def training_hash(self) -> str:
         """Identity of what a checkpoint belongs to: model, tables, objective, and the order of the data."""
+        return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def training_differences(self, other: Config) -> dict[str, tuple[Any, Any]]:
+        """Of what `training_hash` is made of: the settings that differ, with the value here and the other's."""
+        own, others = _flat(self._identity()), _flat(other._identity())
+        names = sorted(own.keys() | others.keys())
+        return {name: (own.get(name), others.get(name)) for name in names if own.get(name) != others.get(name)}
+
+    def _identity(self) -> dict[str, Any]:
         identity = self.model_dump(mode="json", include={"data", "embeddings", "model", "objective"})
         for name in ("path", "evaluate_rows", "threads", "prefetch", "bad_data", "retry_seconds", "audit"):
             del identity["data"][name]
         for name in ("sharding", "hbm_gib"):
             del identity["embeddings"][name]
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        return identity
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of settings by their names as `--set` takes them."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def list_recipes() -> list[str]:

@@ -24,15 +24,15 @@ def inspect(run: Run, step: Step) -> None:
         verdict = consumed.verdict
         if not verdict.is_good:
             health.skipped += 1
-            _report(run, consumed, kind="skipped", what="; ".join(verdict.faults))
+            _report(run, consumed, kind="skipped", what=f"not finite: {'; '.join(verdict.faults)}")
         elif health.is_spike(verdict.loss, factor=trainer.spike_factor):
             _report(run, consumed, kind="spike", what=f"loss {verdict.loss:.4g}, recent median {health.median:.4g}")
         if verdict.is_good:
             health.recent.append(verdict.loss)
     if health.skipped > trainer.max_skipped_batches:
         raise NotFiniteError(
-            f"stopped at step {run.state.step}: {health.skipped} batches of this run were skipped "
-            "since their loss or a gradient was not finite, more than "
+            f"stopped at step {run.state.step}: {health.skipped} batch(es) of this run skipped, of which the loss or a "
+            "gradient was not finite, more than "
             f"trainer.max_skipped_batches={trainer.max_skipped_batches} (the last: {'; '.join(_faults(step))}); "
             f"nothing of them reached weights or tables. Their rows are in {run.out / INCIDENTS_FILE}; look for broken "
             "values there, lower optimizer.lr or embeddings.optimizer.lr, set optimizer.clip_norm, or raise the limit"

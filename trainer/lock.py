@@ -11,22 +11,26 @@ from pathlib import Path
 
 from ..data.errors import UserError
 from ..data.locks import is_locked, open_lock
+from .journal import tell
 from .parallel import World, gather_objects, on_main
 
 PATIENCE_SECONDS = 60.0
 """For a job before this one that is about to end; where storage is shared, for its machine to be found dead."""
+TELL_SECONDS = 2.0
+"""A job that is just ending is waited for without a word."""
 POLL_SECONDS = 0.2
 SHARED_SECONDS = 5.0
 """Within which a file of one machine is seen by the others."""
 
 
 @contextmanager
-def alone_in(out: Path, world: World, *, timeout_seconds: float) -> Iterator[None]:
-    """Hold the run folder, which all ranks must see, as long as rank 0 lives; every rank takes part.
+def alone_in(folder: Path, world: World, *, given_as: str, timeout_seconds: float) -> Iterator[None]:
+    """Hold a folder of a run, which all ranks must see, as long as rank 0 lives; every rank takes part.
 
     File systems without locks do without.
 
     Args:
+        given_as: what the user names the folder with.
         timeout_seconds: how long the other ranks wait for rank 0; it gives up well before.
 
     Raises:
@@ -34,34 +38,38 @@ def alone_in(out: Path, world: World, *, timeout_seconds: float) -> Iterator[Non
     """
     held: list[int] = []
     patience = min(PATIENCE_SECONDS, timeout_seconds / 2)
-    on_main(world, lambda: held.append(_lock(out, patience)))
+    on_main(world, lambda: held.append(_lock(folder, given_as, patience)))
     try:
-        _check_shared(out, world)
+        _check_shared(folder, given_as, world)
         yield
     finally:
         for descriptor in held:
             os.close(descriptor)
 
 
-def _lock(out: Path, patience: float) -> int:
+def _lock(folder: Path, given_as: str, patience: float) -> int:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = open_lock(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = open_lock(folder)
     except OSError as error:
-        raise UserError(f"cannot write the run folder {out}: {error.strerror}; choose another --out") from None
-    end = time.monotonic() + patience
+        raise UserError(f"cannot write {folder}: {error.strerror}; choose another {given_as}") from None
+    start, is_told = time.monotonic(), False
     while not is_locked(descriptor):
-        if time.monotonic() > end:
+        waited = time.monotonic() - start
+        if waited > patience:
             os.close(descriptor)
             raise UserError(
-                f"another job trains in {out}, and has for more than {patience:g} s; "
-                "wait for its end, stop it, or choose another --out"
+                f"another job trains in {folder}, and has for more than {patience:g} s; "
+                f"wait for its end, stop it, or choose another {given_as}"
             )
+        if waited > TELL_SECONDS and not is_told:
+            tell(f"another job trains in {folder}: waiting up to {patience:g} s for its end")
+            is_told = True
         time.sleep(POLL_SECONDS)
     return descriptor
 
 
-def _check_shared(folder: Path, world: World) -> None:
+def _check_shared(folder: Path, given_as: str, world: World) -> None:
     """Let every rank look for a file that rank 0 makes; its name is new, so that no machine knows it to be missing."""
     if world.size == 1 or (name := on_main(world, lambda: _put_token(folder))) is None:
         return
@@ -71,7 +79,7 @@ def _check_shared(folder: Path, world: World) -> None:
     if lacking:
         raise UserError(
             f"rank(s) {', '.join(map(str, lacking))} do not see what rank 0 writes to {folder}, and a checkpoint needs "
-            "all ranks' files in one place; choose a folder that all nodes share as --out"
+            f"all ranks' files in one place; choose a folder that all nodes share as {given_as}"
         )
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import traceback
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 from torch.distributed import DistError
@@ -34,10 +35,10 @@ def report(reason: str, out: Path, rank: int) -> str:
     with suppress(OSError):
         path.parent.mkdir(exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(traceback.format_exc())
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {traceback.format_exc()}")
         where = f" (traceback in {path})"
     launcher = "torchrun starts all ranks again from the newest complete checkpoint while --max-restarts allows"
     alone = "the same command continues from the newest complete checkpoint"
     what_next = launcher if "TORCHELASTIC_RUN_ID" in os.environ else alone
-    why = "what ended the other one stands in its own lines, or, where it was killed, in torchrun's"
+    why = "what ended the other one stands in its own lines, or, where a signal killed it, in torchrun's"
     return f"rank {rank} lost its connection to another rank: {reason}{where}; {what_next}; {why}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +105,13 @@ class Reporter:
 
 
 class _Board:
-    """TensorBoard's files. What cannot be written to them is left out: metrics.jsonl holds all that they show."""
+    """TensorBoard's files. What cannot be written to them is left out: metrics.jsonl is the record of a run."""
 
     def __init__(self, folder: Path, *, purge_step: int) -> None:
         self._folder, self._purge_step = folder, purge_step
         self._writer: SummaryWriter | None = None
         self._retry_at = -math.inf
+        threading.excepthook = partial(_unless_tensorboards, threading.excepthook)
 
     def add(self, values: Mapping[str, Any]) -> None:
         """Show the numbers of a line of metrics."""
@@ -122,9 +125,7 @@ class _Board:
                     self._writer.add_scalar(f"{values['split']}/{key}", value, values["step"])
             self._purge_step = values["step"] + 1
         except OSError as error:
-            tell(
-                f"ATTENTION: cannot write {self._folder}: {error.strerror or error}; {METRICS_FILE} holds what it lacks"
-            )
+            tell(f"ATTENTION: cannot write {self._folder}: {error.strerror or error}; its curves will lack some steps")
             self._retry_at = time.monotonic() + REMIND_SECONDS
             self.close()
 
@@ -134,6 +135,12 @@ class _Board:
         if writer is not None:
             with suppress(OSError):
                 writer.close()
+
+
+def _unless_tensorboards(hook: Callable[[threading.ExceptHookArgs], Any], args: threading.ExceptHookArgs) -> None:
+    """Show what ended a thread, unless it is TensorBoard's own on a full disk: its next call raises that again."""
+    if not (issubclass(args.exc_type, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+        hook(args)
 
 
 class Audit:
@@ -192,7 +199,7 @@ class SkipLog:
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, columns: list[str]) -> str:
-    """Aligned text of the given columns; values missing from a row stay blank."""
+    """Aligned text of the given columns; values that a row lacks, or that are NaN, stay blank."""
     texts = [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(column), *(len(text[k]) for text in texts)) for k, column in enumerate(columns)]
     lines = [columns, ["-" * width for width in widths], *texts]
@@ -200,6 +207,6 @@ def table(rows: Sequence[Mapping[str, Any]], *, columns: list[str]) -> str:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return f"{value:.4f}" if isinstance(value, float) else str(value)

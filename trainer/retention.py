@@ -49,6 +49,16 @@ def retain(
     return kept
 
 
+def next_to_go(complete: Collection[Location], config: CheckpointConfig, validations: Validations) -> list[int]:
+    """Of complete checkpoints, by step, the steps of those that the next save supersedes."""
+    steps = [step_of(folder) or 0 for folder in complete]
+    if not steps:
+        return []
+    known = scores(validations, config.best_metric) if config.keep_best else {}
+    kept = kept_steps([*steps, steps[-1] + 1], config, scores=known)
+    return [step for step in steps if step not in kept]
+
+
 def set_aside(folder: Location) -> None:
     """Take a damaged checkpoint out of those that are complete, and out of the way of its step's next save.
 

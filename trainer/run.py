@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..data.locations import shown, without_keys
 from . import checkpoint
 from .build import Sharded, build_recommender, load_dataset, shard
 from .checkpoint import Trainable
-from .config import Config
+from .config import Config, load_config
 from .evaluate import Evaluator
 from .journal import tell
 from .lock import alone_in
@@ -23,6 +24,8 @@ from .optimizer import Optimizer
 from .parallel import World, on_main
 from .pipeline import GuardedPipeline
 from .report import Audit, Reporter, SkipLog, forget_after
+from .retention import next_to_go
+from .saved import check_saved, remember_saved
 from .saver import Saver
 from .signals import StopRequest
 from .state import TrainState
@@ -59,14 +62,11 @@ def open_run(
 @contextmanager
 def _alone(config: Config, out: Path, world: World) -> Iterator[None]:
     """Hold the run folder, and the folder of its checkpoints if that is another; object stores have no locks."""
-    home = checkpoint_home(config.checkpoint, out)
+    home, seconds = checkpoint_home(config.checkpoint, out), config.trainer.timeout_seconds
     with ExitStack() as held:
-        held.enter_context(alone_in(out, world, timeout_seconds=config.trainer.timeout_seconds))
+        held.enter_context(alone_in(out, world, given_as="--out", timeout_seconds=seconds))
         if isinstance(home, Path) and home.resolve() != out.resolve():
-            try:
-                held.enter_context(alone_in(home, world, timeout_seconds=config.trainer.timeout_seconds))
-            except UserError as error:
-                raise UserError(f"checkpoint.path: {error} and checkpoint.path") from None
+            held.enter_context(alone_in(home, world, given_as="checkpoint.path", timeout_seconds=seconds))
         yield
 
 
@@ -89,7 +89,7 @@ def assemble(
     loader = open_loader(config, info, world, skips, state=state.loader, owns=owns)
     total_steps = trainable.optimizer.total_steps = _total_steps(config, loader)
     plan = with_tiles(sharded.plan, world.device)
-    on_main(world, lambda: _prepare_folder(config, out, plan, state.step))
+    on_main(world, lambda: _prepare_folder(config, out, plan, newest, state.step))
     reporter = Reporter(out, is_main=world.is_main, step=state.step, total_steps=total_steps)
     audit = Audit(out, rank=world.rank) if config.data.audit else None
     watchdog = Watchdog(out, rank=world.rank, seconds=config.trainer.watchdog_seconds)
@@ -165,6 +165,7 @@ def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool, re
     complete = reading(lambda: complete_checkpoints(home), f"{home}/checkpoints")
     if fresh and (complete or (out / CONFIG_FILE).exists()):
         raise UserError(f"--fresh: {out} already holds a run; choose another --out, or delete that folder")
+    check_saved(out, home, complete)
     manifest = newest_readable(complete, reading)
     if manifest is None:
         return complete
@@ -176,10 +177,27 @@ def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool, re
         )
     if manifest.config_hash != config.training_hash():
         raise UserError(
-            f"{home} holds a run of another configuration (data, embeddings, model or objective differ from "
-            f"{out / CONFIG_FILE}); restore those settings to continue it, or choose another --out"
+            f"{home} holds a run of another configuration{_differences(config, out, manifest.config_hash)}; restore "
+            f"those settings to continue it, or choose another {'--out' if home == out else 'checkpoint.path'}"
+        )
+    if len(going := next_to_go(complete, config.checkpoint, manifest.validations)) > 1:
+        tell(
+            f"ATTENTION: the next save deletes the checkpoints of steps {', '.join(map(str, going))}, which no setting "
+            "keeps any more: see checkpoint.keep_last, keep_every and keep_best"
         )
     return complete
+
+
+def _differences(config: Config, out: Path, config_hash: str) -> str:
+    """Which settings a run folder's own configuration has otherwise, if it is the one that checkpoints belong to."""
+    try:
+        before = load_config(str(out / CONFIG_FILE))
+    except UserError:
+        return ""
+    if before.training_hash() != config_hash:
+        return ""
+    changed = [f"{name} = {now!r}, was {old!r}" for name, (now, old) in config.training_differences(before).items()]
+    return f" ({'; '.join(changed)})"
 
 
 def _take_up(
@@ -222,13 +240,14 @@ def _total_steps(config: Config, loader: Loader) -> int:
     return min(steps, trainer.max_steps) if trainer.max_steps is not None else steps
 
 
-def _prepare_folder(config: Config, out: Path, plan: str, step: int) -> None:
+def _prepare_folder(config: Config, out: Path, plan: str, newest: Location | None, step: int) -> None:
     """Write what the run is, and drop what an earlier process wrote about steps that will be trained again."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         forget_after(out, step)
         _write_if_changed(out / CONFIG_FILE, _without_keys(config).to_toml())
-        if step > 0:
+        if newest is not None:
+            remember_saved(out, checkpoint_home(config.checkpoint, out), step)
             tell_of_other_tiles(out / PLAN_FILE, plan)
         _write_if_changed(out / PLAN_FILE, plan)
     except OSError as error:
@@ -260,4 +279,6 @@ def _greeting(out: Path, plan: str, newest: Location | None, world: World, total
     start = f"continuing from {newest}" if newest else "starting"
     if newest is not None and is_over:
         start = f"finished at {newest}"
+    if (restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))) > 0:
+        start = f"restart {restarts} of {os.environ.get('TORCHELASTIC_MAX_RESTARTS', '?')}, {start}"
     return f"{start}: {world.size} rank(s) on {world.device.type}, {total_steps} steps, run folder {out}\n{plan}"

@@ -29,6 +29,7 @@ from .manifest import Manifest, Position, checkpoint_folder, step_of
 from .parallel import World, gather_objects, on_main, sum_over_ranks
 from .pieces import Image, Piece, signature
 from .retention import retain, worth_keeping
+from .saved import remember_saved
 from .state import TrainState
 from .storage import Location, checkpoint_home
 from .writer import reason_of
@@ -67,7 +68,7 @@ class Saver:
         limit_seconds: float = math.inf,
         unreadable: Sequence[Location] = (),
     ) -> None:
-        self.home = checkpoint_home(config, out)
+        self._out, self.home = out, checkpoint_home(config, out)
         self.failures = 0
         """Saves of this process that were left out or came to nothing."""
         self.is_lasting = False
@@ -264,6 +265,7 @@ class Saver:
         self._error = None
         self._unreadable.discard(commit.manifest.step)
         if self._world.is_main:
+            remember_saved(self._out, self.home, commit.manifest.step)
             self._delete_superseded(commit.manifest)
 
     def _tell_failed(self, folder: Location, step: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,20 @@ def summary(out: Path, home: Location) -> str:
     return "\n\n".join(["", *parts])
 
 
+def _by_task(metrics: Mapping[str, Any], columns: Sequence[str]) -> str:
+    """The tasks that have these metrics; empty if none has."""
+    tasks = [key.partition("/")[2] for key in metrics if key.startswith(f"{columns[0]}/")]
+    rows = [{"task": task, **{name: metrics[f"{name}/{task}"] for name in columns}} for task in tasks]
+    return table(rows, columns=["task", *columns]) if rows else ""
+
+
 def describe(split: str, metrics: Mapping[str, Any]) -> str:
-    """One split's metrics as a table: a row per task for ranking, one row for next-item prediction."""
+    """One split's metrics: for ranking a row per task, regressions in a table of their own, else one row."""
     title = f"{split} (step {metrics['step']})"
     if skipped := metrics.get("skipped_samples"):
         title += f", without {counted(int(skipped), 'damaged sample')}"
-    tasks = [key.removeprefix("auc/") for key in metrics if key.startswith("auc/")]
-    if tasks:
-        rows = [{"task": task, **{m: metrics[f"{m}/{task}"] for m in ("auc", "gauc", "ne")}} for task in tasks]
-        return f"{title}\n{table(rows, columns=['task', 'auc', 'gauc', 'ne'])}"
+    parts = [_by_task(metrics, columns) for columns in (("auc", "gauc", "ne"), ("mae", "mse"))]
+    if tables := list(filter(None, parts)):
+        return "\n".join([title, *tables])
     columns = [key for key in metrics if key.startswith(("hr@", "ndcg@")) or key == "mrr"]
     return f"{title}\n{table([metrics], columns=columns)}"

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from small_runs import make_dataset
 
 from ultrarec.data.errors import UserError
 from ultrarec.launch.application import Size
@@ -128,6 +129,7 @@ def test_a_failed_rank_is_named_with_its_last_words(tmp_path, end, code, how):
     assert "hello from 0" in out
     assert "hello from 1" not in out
     assert "last lines of rank 1:\n  my table burns\n" in err
+    assert ("local rank 1 of node 0 (pid " in err) == (code == 137)
     assert f"error: rank 1 on node 0 {how}\nlogs of all ranks: {tmp_path / 'out' / 'logs'}" in err
     assert "Traceback" not in err
 
@@ -183,7 +185,7 @@ def test_an_error_of_the_user_found_by_the_trainer_is_one_message_and_exit_code_
     assert done.stderr.count("error:") == 1
 
 
-def test_logs_that_cannot_be_written_are_said_in_one_message(tmp_path):
+def test_a_dataset_that_is_missing_and_logs_that_cannot_be_written_are_said_before_anything_starts(tmp_path):
     (tmp_path / "file").write_text("no folder")
     command = [
         sys.executable,
@@ -194,8 +196,17 @@ def test_logs_that_cannot_be_written_are_said_in_one_message(tmp_path):
         "--scheduler",
         "local_cwd",
     ]
+    missing = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("error: datasets/kuairand-sample ")
+    assert not (tmp_path / "runs").exists()
+    dataset = make_dataset(tmp_path / "dataset")
     done = subprocess.run(
-        [*command, "--out", str(tmp_path / "file" / "out")], capture_output=True, text=True, check=False, timeout=60
+        [*command, "--out", str(tmp_path / "file" / "out"), "--set", f"data.path={dataset}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: cannot write the logs below")

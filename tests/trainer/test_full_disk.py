@@ -144,6 +144,7 @@ def test_a_run_whose_folder_had_no_room_for_some_steps_has_all_its_lines(trained
     assert max(line.get("unwritten_lines", 0) for line in lines(out)) > 20
     assert "unwritten_lines" not in lines(out)[-1]
     assert " lacks " not in told
+    assert "Traceback" not in told
 
 
 def test_a_run_that_never_finds_room_again_ends_well_says_what_is_missing_and_can_be_continued(

@@ -141,7 +141,7 @@ def test_skipped_batches_are_counted_named_and_consumed_and_the_run_goes_on(data
     assert [line["skipped_batches"] for line in lines(out)] == [0] * 3 + [1] * 4 + [2] * 17
     assert [line["grad_norm"] is None for line in lines(out)] == [step in (4, 8) for step in range(1, 25)]
     assert [(line["step"], line["kind"], line["what"]) for line in incidents(out)] == [
-        (step, "skipped", "rank 0: the loss") for step in (4, 8)
+        (step, "skipped", "not finite: rank 0: the loss") for step in (4, 8)
     ]
     for line in incidents(out):
         assert sorted(tuple(row) for row in line["rows"]) == rows_of_step(out, line["step"])
@@ -160,7 +160,7 @@ def test_the_budget_stops_every_rank_and_counts_across_a_restart(dataset, tmp_pa
     assert set(run_ranks(train_spoilt, first, out, {3}, world_size=world_size)) == {"trained"}
     said = run_ranks(train_spoilt, config_of(dataset, "ranking", *settings), out, {4}, world_size=world_size)
     assert len(set(said)) == 1
-    assert said[0].startswith("stopped at step 15: 2 batches of this run were skipped")
+    assert said[0].startswith("stopped at step 15: 2 batch(es) of this run skipped")
     assert "trainer.max_skipped_batches=1 (the last: rank 0: the loss)" in said[0]
     assert [line["step"] for line in incidents(out)] == [4, 15]
 

@@ -41,10 +41,12 @@ def test_a_second_job_in_a_run_folder_is_refused_and_changes_nothing(job, monkey
     os.close(held)
 
 
-def test_a_job_waits_for_the_end_of_the_one_before_and_leaves_the_folder_free(job):
+def test_a_job_waits_for_the_end_of_the_one_before_and_leaves_the_folder_free(job, monkeypatch, capsys):
     command, out, held = job
+    monkeypatch.setattr(lock, "TELL_SECONDS", 0.2)
     threading.Timer(1.0, os.close, (held,)).start()
     assert main(command) == 0
+    assert f"another job trains in {out}: waiting up to 60 s for its end\n" in capsys.readouterr().err
     assert [line["step"] for line in lines(out)] == [1]
     after = os.open(out / ".lock", os.O_RDWR)
     fcntl.flock(after, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,7 +85,7 @@ def test_two_runs_do_not_share_a_folder_of_checkpoints(dataset, tmp_path, monkey
     assert is_locked(held)
     monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.3)
     assert main([str(recipe), "--out", str(tmp_path / "out")]) == 2
-    assert f"error: checkpoint.path: another job trains in {home}, and has for more than" in capsys.readouterr().err
+    assert f"error: another job trains in {home}, and has for more than" in capsys.readouterr().err
     assert not (home / "checkpoints").exists()
     os.close(held)
     assert main([str(recipe), "--out", str(tmp_path / "out")]) == 0
@@ -93,9 +95,12 @@ def test_two_runs_do_not_share_a_folder_of_checkpoints(dataset, tmp_path, monkey
 def enter(root):
     """What ranks are told that have folders of their own; one that they share lets them in."""
     world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch.device("cpu"))
-    with pytest.raises(UserError) as refused, lock.alone_in(root / f"node-{world.rank}", world, timeout_seconds=10):
+    with (
+        pytest.raises(UserError) as refused,
+        lock.alone_in(root / f"node-{world.rank}", world, given_as="--out", timeout_seconds=10),
+    ):
         pass
-    with lock.alone_in(root / "run", world, timeout_seconds=10):
+    with lock.alone_in(root / "run", world, given_as="--out", timeout_seconds=10):
         return str(refused.value)
 
 

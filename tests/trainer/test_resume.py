@@ -28,7 +28,7 @@ from small_runs import (
 
 from ultrarec.data.schema import DatasetInfo
 from ultrarec.trainer.__main__ import main
-from ultrarec.trainer.manifest import MANIFEST, Manifest, checkpoint_folder, complete_checkpoints
+from ultrarec.trainer.manifest import MANIFEST, Manifest, checkpoint_folder, complete_checkpoints, step_of
 from ultrarec.trainer.parallel import World
 from ultrarec.trainer.pieces import Source
 from ultrarec.trainer.run import open_run
@@ -236,7 +236,7 @@ def test_a_checkpoint_that_the_disk_does_not_give_is_told_kept_and_replaced_by_i
     assert complete_checkpoints(out) == [checkpoint_folder(out, 5), folder]
     bad.remove(checkpoint_folder(out, 5))
     assert main([str(recipe), "--out", str(out)]) == 0
-    told = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("ATTENTION"))
+    told = next(line for line in capsys.readouterr().err.splitlines() if line.startswith(f"ATTENTION: {folder}"))
     assert told.startswith(f"ATTENTION: {folder}/rank-00000.safetensors cannot be read: 1 attempt in 0 seconds failed ")
     assert told.endswith("; looking for the checkpoint before it")
     assert complete_checkpoints(out) == [folder]
@@ -367,9 +367,9 @@ def test_dropout_on_another_number_of_ranks_is_that_of_no_other_rank_step_or_see
 
 
 def train_by_command(dataset: Path, kind: str, out: Path, *arguments: str) -> int:
-    config_of(dataset, kind)
-    recipe = str(dataset.parent / f"{kind}.toml")
-    return main([recipe, "--out", str(out), "--set", "data.batch_rows=24", *arguments])
+    recipe = out.with_suffix(".toml")
+    recipe.write_text(config_of(dataset, kind).to_toml())
+    return main([str(recipe), "--out", str(out), *arguments])
 
 
 @pytest.mark.parametrize(
@@ -383,14 +383,64 @@ def train_by_command(dataset: Path, kind: str, out: Path, *arguments: str) -> in
         "data.batch_rows=12",
     ],
 )
-def test_a_run_of_another_configuration_is_not_continued(trained, dataset, tmp_path, capsys, change):
+def test_a_run_of_another_configuration_is_not_continued_and_what_differs_is_named(
+    trained, dataset, tmp_path, capsys, change
+):
     out = interrupted(trained(1)["ranking"], tmp_path / "out", step=5)
     kept = (out / "config.toml").read_text()
     assert train_by_command(dataset, "ranking", out, "--set", change) == 2
     told = capsys.readouterr().err
-    assert f"error: {out} holds a run of another configuration" in told
+    name, _, value = change.partition("=")
+    assert f"error: {out} holds a run of another configuration ({name} = {value}, was " in told
     assert told.endswith("restore those settings to continue it, or choose another --out\n")
     assert (out / "config.toml").read_text() == kept
+
+
+def test_a_run_whose_checkpoints_are_not_there_is_refused_and_keeps_its_lines(trained, dataset, tmp_path, capsys):
+    """An unmounted disk must not be taken for a run that has saved nothing."""
+    out = interrupted(trained(1)["ranking"], tmp_path / "out", step=5)
+    before = (out / "metrics.jsonl").read_bytes()
+    (out / "checkpoints").rename(tmp_path / "elsewhere")
+    assert train_by_command(dataset, "ranking", out) == 2
+    told = capsys.readouterr().err
+    assert f"error: the run in {out} saved step 5 to {out}, which holds no complete checkpoint now; mount or" in told
+    assert (out / "metrics.jsonl").read_bytes() == before
+    (tmp_path / "elsewhere").rename(out / "checkpoints")
+    moved = out.rename(tmp_path / "moved")
+    assert train_by_command(dataset, "ranking", moved, "--set", "trainer.max_steps=6") == 0
+
+
+def test_a_run_that_kept_its_checkpoints_elsewhere_is_not_begun_again_without_them(dataset, tmp_path, capsys):
+    out, home = tmp_path / "out", tmp_path / "home"
+    settings = ("--set", "checkpoint.every=3", "--set", "trainer.max_steps=3")
+    assert train_by_command(dataset, "ranking", out, *settings, "--set", f"checkpoint.path={home}") == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    capsys.readouterr()
+    assert train_by_command(dataset, "ranking", out, *settings) == 2
+    told = (
+        f"error: the run in {out} saved step 3 to {home}, and {out} holds no checkpoint; set checkpoint.path to {home} "
+    )
+    assert told in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+def test_a_checkpoint_that_is_missed_is_told(trained, dataset, tmp_path, capsys):
+    out = interrupted(trained(1)["ranking"], tmp_path / "out", step=10)
+    shutil.rmtree(checkpoint_folder(out, 10))
+    assert train_by_command(dataset, "ranking", out, "--set", "trainer.max_steps=6") == 0
+    told = f"ATTENTION: the run saved step 10 to {out}, where the newest checkpoint is now that of 5\n"
+    assert told in capsys.readouterr().err
+
+
+def test_checkpoints_that_a_change_of_settings_will_cost_are_named_before_they_go(trained, dataset, tmp_path, capsys):
+    out = interrupted(trained(1)["ranking"], tmp_path / "out", step=20)
+    kept = [step_of(folder) for folder in complete_checkpoints(out)]
+    going = ", ".join(map(str, kept))
+    settings = ("--set", "checkpoint.keep_last=1", "--set", "trainer.max_steps=20")
+    assert len(kept) > 1
+    assert train_by_command(dataset, "ranking", out, *settings) == 0
+    assert f"ATTENTION: the next save deletes the checkpoints of steps {going}, which" in capsys.readouterr().err
+    assert [step_of(folder) for folder in complete_checkpoints(out)] == kept
 
 
 def test_fresh_refuses_a_folder_that_holds_a_run(trained, dataset, tmp_path, capsys):
