@@ -51,13 +51,20 @@ class Setting:
 
     def __str__(self) -> str:
         values = f" and {self.value_width}" if self.value_width else ""
-        parts = [f"D={self.width}{values}", "all masks" if any(self.rule) else "causal"]
+        parts = [f"D={self.width}{values}", str(self.dtype).removeprefix("torch.")]
+        parts.append("all masks" if any(self.rule) else "causal")
         parts += ["targets, scale per query"] * self.general + ["both biases"] * self.biased
         return ", ".join(parts)
 
 
 ALL_MASKS = (20, 10, 8, 3)
-SETTINGS = (Setting(64), Setting(128), Setting(128, ALL_MASKS, True), Setting(128, ALL_MASKS, True, True))
+SETTINGS = (
+    *(Setting(width) for width in (32, 64, 128, 256)),
+    Setting(128, dtype=torch.float16),
+    Setting(128, dtype=torch.float32),
+    Setting(128, ALL_MASKS, True),
+    Setting(128, ALL_MASKS, True, True),
+)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     except bench.WrongResults as wrong:
         print(f"no figures, as the results are wrong: {wrong}", file=sys.stderr)
         return 1
-    print("bfloat16; loops: instructions per score, of which by kind\n")
+    print("loops: instructions per score, of which by kind; those of AMD devices, and of float32, are not counted\n")
     kernels, last = [], None
     for kernel in static_report.report(targets):
         if last != (last := (kernel.target, kernel.setting)):

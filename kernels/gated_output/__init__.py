@@ -69,7 +69,7 @@ def gated_output(
     dtype = compute_dtype(weight_EY)
     weights = (weight_EY.to(dtype), None if bias_E is None else bias_E.to(x_TE.dtype), norm_weight_V, norm_bias_V)
     with outside_autocast(x_TE):
-        name = backend_for(x_TE, backend)
+        name = backend_for(x_TE, backend, norm_width=a_THD.shape[2] if per_head else u_TV.shape[1])
         if name == "reference":
             return reference.gated_output(
                 u_TV, a_THD, x_TE, *weights, seed, per_head=per_head, concat=concat, dropout=dropout, eps=eps, fp8=fp8

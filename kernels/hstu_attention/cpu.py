@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .band import attend
 from .containment import contained_gradients, contained_output, is_finite
 from .cpu_backward import OutputGradients, PartBackward
 from .operator import Gradients, Problem, differentiable
@@ -40,7 +41,11 @@ def _attend(problem: Problem, out: Output, part: Part) -> None:
     keys = [scaled(k_LD, problem.alpha, dtype) for k_LD in part.rows_of(problem.k)]
     values = [scaled(v_LD, 1.0, dtype) for v_LD in part.rows_of(problem.v)]
     scales = part.scale_of(problem.scale.to(total_dtype))
-    for strips in part.plan.strips:
+    band = part.band_of(problem)
+    if band is not None:
+        for batch in zip(queries, keys, values, scales, outputs, strict=True):
+            attend(band, *batch)
+    for strips in part.plan.strips(0 if band is None else band.num_queries):
         rows = strips[0].rows
         totals: list[Tensor | None] = [None] * len(queries)
         row_queries = [at(q_LD, rows).to(dtype).contiguous() for q_LD in queries]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .band import differentiate
 from .operator import Problem
 from .packing import Output
 from .pages import in_huge_pages
@@ -99,7 +100,11 @@ class PartBackward:
     def run(self) -> TileBias | None:
         """Write the gradients of q, k, v and scale; returns those of the bias."""
         dscales = None if self.grads.dscale is None else self.part.outputs_of(self.grads.dscale)
-        for strips in self.plan.strips:
+        band = None if self.scales_weights else self.part.band_of(self.problem)
+        if band is not None:
+            for batch in self.batches:
+                differentiate(band, **vars(batch))
+        for strips in self.plan.strips(0 if band is None else band.num_queries):
             rows = strips[0].rows
             batch_rows = [_Row(batch, rows, self.dtype, scales_weights=self.scales_weights) for batch in self.batches]
             for strip in strips:
@@ -170,7 +175,6 @@ def _columns(x_DL: Tensor, strip: Strip) -> Tensor:
 
 
 def _write_columns(x_DL: Tensor, out_LD: Tensor, factor: float) -> None:
-    # In pieces that fit in the cache, and each dense before it is transposed: all at once took 10 ns per element of a
-    # long sequence.
+    # In pieces that fit in the cache: all at once took 10 ns per element of a long sequence.
     for to_RD, from_DR in zip(torch.split(out_LD, PIECE, -2), torch.split(x_DL, PIECE, -1), strict=True):
-        torch.mul(transposed(from_DR.contiguous()), factor, out=to_RD)
+        torch.mul(from_DR.mT, factor, out=to_RD)

@@ -1,6 +1,8 @@
 """Which keys a query sees: causal, semi-local, candidates that ignore each other, contextual tokens in front."""
 
+import operator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +30,11 @@ class AttentionMask:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            count = _count(value)
+            if count is None:
                 raise ValueError(f"AttentionMask {field.name}={value!r} is not a count; 0 switches it off")
+            if count is not value:
+                object.__setattr__(self, field.name, count)
 
     @property
     def depends_on_history_end(self) -> bool:
@@ -83,3 +88,13 @@ class AttentionMask:
     def first_position(self, token_id: int) -> int:
         """Where the tokens of this id, or of 0 if it is negative, begin."""
         return token_id + max(self.num_contextual - 1, 0) if token_id > 0 else 0
+
+
+def _count(value: Any) -> int | None:
+    """The int that an integer of any library stands for, such as numpy's; None if it is negative or none at all."""
+    if type(value) is not int:
+        try:
+            value = None if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            return None
+    return None if value is None or value < 0 else value

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .band import Band, multiplies_blocks
 from .operator import Problem
 from .packing import Output
 from .pages import in_huge_pages
@@ -58,6 +59,10 @@ class Part:
         if x.dtype is torch.bfloat16 and not self.plan.group.is_short and multiplies_bfloat16(x):
             return torch.bfloat16
         return sum_dtype(x)
+
+    def band_of(self, problem: Problem) -> Band | None:
+        """The band of the sequence, if its part is computed as one; strips begin where it ends."""
+        return self.plan.band if multiplies_blocks(problem) else None
 
     def scores(self, strip: Strip, q_RD: Tensor, k_CD: Tensor, bias_GRC: Tensor | None) -> Tensor:
         """The scores `[R, C]` of a strip, in the dtype of the bias if there is one; hidden ones are zero."""

@@ -5,12 +5,12 @@ time buckets. Made once for all layers, forward and backward.
 # T = events of all sequences, B = sequences, H = heads, G = sequences of a group, R = queries and C = keys of a strip
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from .band import band_of
 from .bias import bucket_thresholds, time_buckets
 from .inputs import check_values
 from .mask import AttentionMask
@@ -42,24 +42,31 @@ class GroupPlan:
 
     def __init__(self, group: Group, mask: AttentionMask, history_ends: list[int], times: Times | None) -> None:
         self.group, self.mask, self.history_ends, self.times = group, mask, history_ends, times
+        self.band = None if group.is_short else band_of(mask, history_ends[0])
+        self._strips: dict[int, list[list[Strip]]] = {}
         self._masks: dict[tuple[object, ...], Tensor] = {}
         self._shown: dict[tuple[object, ...], list[Tensor]] = {}
         self._buckets: dict[tuple[int, int], Tensor] = {}
 
-    @cached_property
-    def strips(self) -> list[list[Strip]]:
-        """All strips in which some sequence of the group sees something; those of the same queries together."""
-        length = self.group.length
-        tile = _tile_of(length)
-        strips = strips_of(self.mask, length, self.history_ends, tile=tile, most_keys=STRIP_KEYS)
-        return [list(row) for _, row in groupby(strips, key=lambda strip: strip.rows.start)]
+    def strips(self, first_row: int = 0) -> list[list[Strip]]:
+        """All strips, of queries from a first one on, in which some sequence of the group sees something; those of the
+        same queries together.
+        """
+        if first_row not in self._strips:
+            length = self.group.length
+            tile = _tile_of(length)
+            strips = strips_of(
+                self.mask, length, self.history_ends, tile=tile, most_keys=STRIP_KEYS, first_row=first_row
+            )
+            self._strips[first_row] = [list(row) for _, row in groupby(strips, key=lambda strip: strip.rows.start)]
+        return self._strips[first_row]
 
     def hide_(self, strip: Strip, x_RC: Tensor) -> None:
         """Make zeros, in place, of what the mask hides, whatever it was: a product with zero would let NaN through."""
         if not strip.masked:
             return
         bits_RC = x_RC.view(BITS[x_RC.element_size()])
-        place = (bits_RC.dtype, strip.rows.start, strip.keys.start)
+        place = (bits_RC.dtype, strip.rows.start, strip.rows.stop, strip.keys.start, strip.keys.stop)
         if place not in self._shown:
             self._shown[place] = [self._mask(strip.rows, keys, bits_RC) for keys in strip.masked]
         for keys, mask in zip(strip.masked, self._shown[place], strict=True):

@@ -31,25 +31,27 @@ class Strip:
 
 
 def strips_of(
-    mask: AttentionMask, length: int, history_ends: Sequence[int], *, tile: int, most_keys: int
+    mask: AttentionMask, length: int, history_ends: Sequence[int], *, tile: int, most_keys: int, first_row: int = 0
 ) -> Iterator[Strip]:
     """The strips of length x length scores that any of the sequences sees: up to `tile` queries by `most_keys` keys, or
     fewer queries by more keys.
 
-    Where all sequences share one history end, strips begin and end where what a query sees does; otherwise they are of
-    whole tiles, `tile` queries by `tile` keys.
+    Where all sequences share one history end, strips begin and end where what a query sees does, and those of queries
+    before `first_row` may be left out; otherwise they are of whole tiles, `tile` queries by `tile` keys.
     """
     if length <= tile:
         whole = slice(0, length)
         yield Strip(whole, whole, (whole,))
     elif len(history_ends) == 1 and history_ends[0] > 0:
-        yield from _exact_strips(mask, length, history_ends[0], tile=tile, most_keys=most_keys)
+        yield from _exact_strips(mask, length, history_ends[0], tile=tile, most_keys=most_keys, first_row=first_row)
     else:
         yield from _tiled_strips(mask, length, history_ends, tile=tile, most_keys=most_keys)
 
 
-def _exact_strips(mask: AttentionMask, length: int, end: int, *, tile: int, most_keys: int) -> Iterator[Strip]:
-    for rows in _row_blocks(mask, length, end, tile):
+def _exact_strips(
+    mask: AttentionMask, length: int, end: int, *, tile: int, most_keys: int, first_row: int
+) -> Iterator[Strip]:
+    for rows in _row_blocks(mask, length, end, tile, first_row):
         some, every = _keys_seen(mask, rows, end)
         longest = most_keys * tile // (rows.stop - rows.start)
         for start, stop in _merged(some):
@@ -61,12 +63,12 @@ def _exact_strips(mask: AttentionMask, length: int, end: int, *, tile: int, most
                 yield Strip(rows, keys, tuple(_outside(unmasked, keys)))
 
 
-def _row_blocks(mask: AttentionMask, length: int, end: int, tile: int) -> Iterator[slice]:
-    """Queries that are all contextual, all bound to the window, or all exempt from it."""
-    borders = {0, mask.num_contextual, length}
+def _row_blocks(mask: AttentionMask, length: int, end: int, tile: int, first_row: int) -> Iterator[slice]:
+    """Queries from first_row on that are all contextual, all bound to the window, or all exempt from it."""
+    borders = {first_row, mask.num_contextual, length}
     if mask.window and (mask.full_tail or mask.prefix):
         borders.add(mask.first_position(end - mask.full_tail))
-    for start, stop in pairwise(sorted(border for border in borders if border <= length)):
+    for start, stop in pairwise(sorted(border for border in borders if first_row <= border <= length)):
         num_blocks = -(-(stop - start) // tile)
         size = -(-(stop - start) // num_blocks // ALIGNED) * ALIGNED
         yield from (slice(first, min(first + size, stop)) for first in range(start, stop, size))

@@ -62,7 +62,7 @@ def norm_uvqk(
     dtype = compute_dtype(weight_NE)
     weights = (weight_NE.to(dtype), None if bias_N is None else bias_N.to(dtype), norm_weight_E, norm_bias_E)
     with outside_autocast(x_TE):
-        name = backend_for(x_TE, backend)
+        name = backend_for(x_TE, backend, norm_width=x_TE.shape[1])
         if name == "reference":
             return reference.norm_uvqk(x_TE, *weights, num_activated=num_activated, eps=eps, fp8=fp8)
         return _forward(x_TE, *weights, num_activated, eps, fp8, name)[0]

@@ -1,7 +1,9 @@
 """Which keys a query sees, against a loop that follows the rule word by word; and the tiles that may be skipped."""
 
 import itertools
+import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -167,7 +169,16 @@ def test_what_is_alike_along_a_sequence_depends_on_the_distance_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["window", "full_tail", "prefix", "num_contextual"])
-@pytest.mark.parametrize("value", [-1, 2.0, None, True])
+@pytest.mark.parametrize("value", [-1, 2.0, None, True, np.int64(-1), np.float32(2)])
 def test_a_mask_refuses_what_is_not_a_count(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"AttentionMask {name}={value} is not a count; 0 switches it off"):
+    with pytest.raises(
+        ValueError, match=re.escape(f"AttentionMask {name}={value!r} is not a count; 0 switches it off")
+    ):
         AttentionMask(**{name: value})
+
+
+@pytest.mark.parametrize("value", [np.int64(3), np.uint8(3), torch.tensor(3)])
+def test_a_mask_takes_integers_of_other_libraries_and_keeps_ints(value: object) -> None:
+    mask = AttentionMask(window=value)
+    assert mask == AttentionMask(window=3)
+    assert type(mask.window) is int

@@ -163,6 +163,17 @@ def test_wrong_inputs_are_named(changed, message):
         gate(dropout=0.3)(inputs_of() | changed)
 
 
+@pytest.mark.parametrize(("shape", "per_head"), [((2, 1, 4097), True), ((2, 3, 2048), False)])
+def test_triton_refuses_norms_wider_than_its_kernels(shape, per_head):
+    attention = torch.zeros(shape)
+    inputs = inputs_of() | {"a": attention, "u": attention.flatten(1), "x": torch.zeros(2, 5)}
+    inputs |= {"weight": torch.zeros(5, attention.flatten(1).shape[1]), "bias": None}
+    inputs |= {"norm_weight": None, "norm_bias": None}
+    with pytest.raises(ValueError, match=r"at most 4096 columns together, not \d+; choose backend='cpu', plain torch"):
+        gate(per_head=per_head)(inputs, "triton")
+    assert gate(per_head=per_head)(inputs, "auto").shape == (2, 5)
+
+
 def test_wrong_choices_are_named():
     with pytest.raises(ValueError, match=r"dropout=1\.0; it is a probability, from 0 to below 1"):
         gate(dropout=1.0)(inputs_of())

@@ -14,8 +14,10 @@ from fused_ops import (
     saved_bytes_per_row,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ultrarec.kernels import norm_uvqk
+from ultrarec.kernels.backends import WIDEST_NORM, backend_for
 
 
 def inputs_of(
@@ -143,6 +145,16 @@ def test_the_operator_passes_opcheck(affine):
 def test_wrong_inputs_are_named(changed, message):
     with pytest.raises(ValueError, match=message):
         project(10)(inputs_of() | changed)
+
+
+def test_norms_wider_than_the_kernels_are_plain_torch_unless_triton_is_asked_for():
+    tokens, weight = torch.zeros(2, WIDEST_NORM + 1), torch.zeros(4, WIDEST_NORM + 1)
+    with pytest.raises(ValueError, match="at most 4096 columns together, not 4097; choose backend='cpu', plain torch"):
+        norm_uvqk(tokens, weight, num_activated=4, backend="triton")
+    with FakeTensorMode():
+        on_gpu = torch.empty(2, device="cuda")
+    assert backend_for(on_gpu, "auto", norm_width=WIDEST_NORM) == "triton"
+    assert backend_for(on_gpu, "auto", norm_width=WIDEST_NORM + 1) == "cpu"
 
 
 def test_wrong_choices_are_named():

@@ -14,6 +14,7 @@ from fused_ops import INTERPRETED
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ultrarec.kernels.backends import WIDEST_NORM
 from ultrarec.kernels.fp8.triton import quantize_launch
 from ultrarec.kernels.gated_output import triton as gated_output
 from ultrarec.kernels.jagged.triton import jagged_launch
@@ -91,9 +92,13 @@ def launches() -> dict[str, Launch]:
 
 def unusual_launch(name: str) -> Launch:
     """A product at the width of the public configuration, where no row starts at a multiple of 16 bytes; or the
-    backward of the concatenated gate with 4096 columns.
+    backward of the concatenated gate, or of the norm, with as many columns as they take.
     """
-    num_tokens, width, values = 1000, 50, 4096
+    num_tokens, width, values = 1000, 50, WIDEST_NORM
+    if name == "norm":
+        x, affine = torch.empty(num_tokens, values), (torch.empty(values),) * 2
+        stats, parts = torch.empty(num_tokens, 1), torch.empty(2, 8, values)
+        return norm_uvqk.norm_backward_launch(x.bfloat16(), x, *affine, stats, stats, x, x.bfloat16(), parts)
     if name == "gate":
         y, affine = torch.empty(num_tokens, 3 * values, dtype=torch.bfloat16), (torch.empty(values),) * 2
         u, stats, seed = y[:, :values].contiguous(), torch.empty(num_tokens, 1), torch.zeros(1, dtype=torch.int64)
@@ -163,7 +168,11 @@ def test_every_kernel_compiles_without_spills_and_within_shared_memory(name, tmp
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(
     ("kernel_name", "name"),
-    [*product(["uvqk"], ["sm_80", "sm_90", "sm_100"]), ("output", "sm_90"), *product(["gate"], ["sm_90", "sm_100"])],
+    [
+        *product(["uvqk"], ["sm_80", "sm_90", "sm_100"]),
+        ("output", "sm_90"),
+        *product(["gate", "norm"], ["sm_90", "sm_100"]),
+    ],
 )
 def test_unaligned_and_very_wide_rows_spill_nothing_either(kernel_name, name, tmp_path):
     kernel = compiled(unusual_launch(kernel_name), TARGETS[name][0])
