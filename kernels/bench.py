@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .hstu_attention import AttentionMask, hstu_attention
-from .hstu_attention.products import HAS_ONEDNN
+from .products import HAS_ONEDNN
 
 NUM_SEQUENCES, NUM_HEADS, HEAD_WIDTH = 8, 4, 64
 CAUSAL = AttentionMask()

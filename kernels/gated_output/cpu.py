@@ -9,6 +9,8 @@ from torch import Tensor
 from ..dropout import drop_, scale_of_kept
 from ..fp8 import multiply
 from ..layer_norm import affine, normalize, normalize_again, normalize_backward
+from ..pages import in_huge_pages
+from ..products import linear_pieces, product, weight_gradient
 
 
 def forward(
@@ -35,10 +37,10 @@ def forward(
     y_TY, scale = y_TY.to(weight_EY.dtype), scale_of_kept(seed, dropout)
     if fp8:
         out_TE = torch.add(x_TE, multiply(y_TY, weight_EY), alpha=scale).to(x_TE.dtype)
-    elif x_TE.dtype == weight_EY.dtype:
-        out_TE = torch.addmm(x_TE, y_TY, weight_EY.t(), alpha=scale)
     else:
-        out_TE = torch.add(x_TE, y_TY @ weight_EY.t(), alpha=scale).to(x_TE.dtype)
+        out_TE = torch.empty_like(x_TE)
+        for rows, piece_RE in linear_pieces(y_TY, weight_EY):
+            out_TE[rows] = torch.add(x_TE[rows], piece_RE, alpha=scale)
     return out_TE if bias_E is None else out_TE.add_(bias_E), mean, rstd
 
 
@@ -62,10 +64,10 @@ def backward(
     affine_TV = affine(normed_TV, norm_weight_V, norm_bias_V)
     y_TY = _gate(u_TV, a_THD, affine_TV, concat)
     dproduct_TE, scale = dout_TE.to(weight_EY.dtype), scale_of_kept(seed, dropout)
-    dy_TY = (dproduct_TE @ weight_EY).to(affine_TV.dtype)
+    dy_TY = product(dproduct_TE, weight_EY).to(affine_TV.dtype)
     if seed is not None:
         drop_(seed, dropout, y_TY, dy_TY.mul_(scale))
-    dweight_EY = (dproduct_TE.t() @ y_TY.to(weight_EY.dtype)).mul_(scale)
+    dweight_EY = weight_gradient(dproduct_TE, y_TY.to(weight_EY.dtype)).mul_(scale)
     dbias_E = dout_TE.new_empty(0) if bias_E is None else dout_TE.sum(0).to(bias_E.dtype)
 
     num_values = u_TV.shape[1]
@@ -91,5 +93,10 @@ def _groups(a_THD: Tensor, num_groups: int) -> Tensor:
 
 def _gate(u_TV: Tensor, a_THD: Tensor, affine_TV: Tensor, concat: bool) -> Tensor:
     """What is projected `[T, Y]`, before dropout."""
-    gated_TV = u_TV * affine_TV
-    return torch.cat([u_TV, a_THD.flatten(1), gated_TV], dim=1) if concat else gated_TV
+    if not concat:
+        return u_TV * affine_TV
+    num_values, dtype = u_TV.shape[1], torch.promote_types(u_TV.dtype, affine_TV.dtype)
+    y_TY = in_huge_pages(u_TV.new_empty(len(u_TV), 3 * num_values, dtype=dtype))
+    y_TY[:, :num_values], y_TY[:, num_values : 2 * num_values] = u_TV, a_THD.flatten(1)
+    torch.mul(u_TV, affine_TV, out=y_TY[:, 2 * num_values :])
+    return y_TY

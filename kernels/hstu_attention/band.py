@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..products import HAS_ONEDNN, ONEDNN_FROM
 from .mask import AttentionMask
 from .operator import Problem
-from .products import HAS_ONEDNN, ONEDNN_FROM
 
 BLOCK = 128
 """R: of 128 queries by 384 keys, scores, weights and gradients fill half of an EPYC core's second cache."""

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..products import add_product
 from .band import attend
 from .containment import contained_gradients, contained_output, is_finite
 from .cpu_backward import OutputGradients, PartBackward
 from .operator import Gradients, Problem, differentiable
 from .packing import Output
 from .part import Part, at, plan_for, run_parts, scaled, sum_dtype, tile_bias
-from .products import add_product
 
 
 def _forward(problem: Problem) -> Tensor:

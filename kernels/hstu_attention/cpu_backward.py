@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..pages import in_huge_pages
+from ..products import add_product, add_product_, product, transposed
 from .band import differentiate
 from .operator import Problem
 from .packing import Output
-from .pages import in_huge_pages
 from .part import Part, at, scaled, sum_dtype, tile_bias
-from .products import add_product, add_product_, product, transposed
 from .tile_bias import TileBias
 from .tiles import Strip
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .pages import in_huge_pages
+from ..pages import in_huge_pages
 
 SHORT = 256
 """Sequences up to this length share matrix products; those of longer ones are large enough alone."""

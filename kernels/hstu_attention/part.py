@@ -13,12 +13,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..pages import in_huge_pages
+from ..products import multiplies_bfloat16, product
 from .band import Band, multiplies_blocks
 from .operator import Problem
 from .packing import Output
-from .pages import in_huge_pages
 from .plan import Batch, GroupPlan, Plan, plan_of
-from .products import multiplies_bfloat16, product
 from .tile_bias import TileBias
 from .tiles import Strip
 from .workers import run_all

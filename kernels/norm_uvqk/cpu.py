@@ -2,12 +2,16 @@
 
 # T = events of all sequences, E = model width, N = columns of u, v, q and k together, A = activated columns
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..fp8 import multiply
 from ..layer_norm import affine, normalize, normalize_again, normalize_backward
+from ..pages import in_huge_pages
+from ..products import linear_pieces, product, weight_gradient
 
 silu_backward = torch.ops.aten.silu_backward
 
@@ -27,11 +31,13 @@ def forward(
     normed_TE, mean, rstd = normalize(wide, eps)
     normed_TE = affine(normed_TE, norm_weight_E, norm_bias_E)
     normed_TE = normed_TE.to(weight_NE.dtype)
-    uvqk_TN = _fp8_linear(normed_TE, weight_NE, bias_N) if fp8 else F.linear(normed_TE, weight_NE, bias_N)
-    if num_activated == len(weight_NE):
-        return F.silu(uvqk_TN), uvqk_TN, mean, rstd
-    before_TA = uvqk_TN[:, :num_activated].clone()
-    F.silu(uvqk_TN[:, :num_activated], inplace=True)
+    uvqk_TN = in_huge_pages(normed_TE.new_empty(len(x_TE), len(weight_NE)))
+    before_TA = in_huge_pages(normed_TE.new_empty(len(x_TE), num_activated))
+    pieces = _fp8_pieces(normed_TE, weight_NE, bias_N) if fp8 else linear_pieces(normed_TE, weight_NE, bias_N)
+    for rows, piece_RN in pieces:
+        before_TA[rows] = piece_RN[:, :num_activated]
+        F.silu(piece_RN[:, :num_activated], inplace=True)
+        uvqk_TN[rows] = piece_RN
     return uvqk_TN, before_TA, mean, rstd
 
 
@@ -59,9 +65,9 @@ def backward(
     wide = x_TE.to(mean.dtype)
     normed_TE = normalize_again(wide, mean, rstd)
     affine_TE = affine(normed_TE, norm_weight_E, norm_bias_E)
-    dweight_NE = dlinear_TN.t() @ affine_TE.to(weight_NE.dtype)
+    dweight_NE = weight_gradient(dlinear_TN, affine_TE.to(weight_NE.dtype))
     dbias_N = weight_NE.new_empty(0) if bias_N is None else dlinear_TN.sum(0)
-    dnormed_TE = (dlinear_TN @ weight_NE).to(mean.dtype)
+    dnormed_TE = product(dlinear_TN, weight_NE).to(mean.dtype)
     dnorm_weight_E, dnorm_bias_E = mean.new_empty(0), mean.new_empty(0)
     if norm_weight_E is not None:
         dnorm_weight_E, dnorm_bias_E = (dnormed_TE * normed_TE).sum(0), dnormed_TE.sum(0)
@@ -70,7 +76,7 @@ def backward(
     return dx_TE, dweight_NE, dbias_N, dnorm_weight_E, dnorm_bias_E
 
 
-def _fp8_linear(x_TE: Tensor, weight_NE: Tensor, bias_N: Tensor | None) -> Tensor:
-    """x W^T + b of x and W in e4m3, rounded once."""
+def _fp8_pieces(x_TE: Tensor, weight_NE: Tensor, bias_N: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """x W^T + b of x and W in e4m3, rounded once, in one piece."""
     product_TN = multiply(x_TE, weight_NE)
-    return (product_TN if bias_N is None else product_TN.add_(bias_N)).to(weight_NE.dtype)
+    yield slice(None), (product_TN if bias_N is None else product_TN.add_(bias_N)).to(weight_NE.dtype)

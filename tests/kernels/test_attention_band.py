@@ -6,7 +6,7 @@ from attention_cases import Case, assert_as_exact_as_plain_torch, attend, inputs
 
 from ultrarec.kernels import AttentionMask
 from ultrarec.kernels.hstu_attention.band import BLOCK, LEAST_BLOCKS, Band, band_of
-from ultrarec.kernels.hstu_attention.products import HAS_ONEDNN
+from ultrarec.kernels.products import HAS_ONEDNN
 
 LONG = LEAST_BLOCKS * BLOCK + 200
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="blocks are multiplied by oneDNN, which this torch is without")

@@ -61,6 +61,15 @@ def gate(**options):
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("concat", [False, True], ids=["gated", "concat"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_tokens_on_the_cpu(concat, dtype):
+    """Of which 1024 are multiplied at once, by another routine than the rest."""
+    inputs = inputs_of(1100, concat=concat, dtype=dtype, heads=4, dim=16)
+    assert_as_exact_as_plain_torch(gate(concat=concat, dropout=0.3), inputs, "cpu")
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestAgainstTheDefinition:
     @DTYPES

@@ -20,6 +20,10 @@ from ultrarec.kernels import norm_uvqk
 from ultrarec.kernels.backends import WIDEST_NORM, backend_for
 
 
+MANY = 1100
+"""Tokens of which the CPU multiplies 1024 at once, by another routine than the rest."""
+
+
 def inputs_of(
     num_tokens=37, width=24, num_columns=40, dtype=torch.float32, token_dtype=torch.float32, bias=True, affine=True
 ):
@@ -52,6 +56,14 @@ def project(num_activated):
         )
 
     return op
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize(("width", "num_columns"), [(64, 128), (128, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_tokens_on_the_cpu(width, num_columns, dtype):
+    inputs = inputs_of(MANY, width, num_columns, dtype=dtype)
+    assert_as_exact_as_plain_torch(project(num_columns // 4), inputs, "cpu")
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
