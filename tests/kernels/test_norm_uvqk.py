@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ultrarec.kernels import norm_uvqk
 from ultrarec.kernels.backends import WIDEST_NORM, backend_for
 
-
 MANY = 1100
 """Tokens of which the CPU multiplies 1024 at once, by another routine than the rest."""
 
