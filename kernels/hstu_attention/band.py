@@ -1,7 +1,8 @@
-"""Queries that see a window and nothing else, in loops over blocks that never return to Python.
+"""Queries that see themselves and so many keys before, in loops over blocks that never return to Python.
 
-With a window the strips are small: two threads that call an operator on each from Python were a third slower than the
-operators are, as each return waits for the interpreter that the other holds. TorchScript runs the loop without it.
+Strips of a window, or of a sequence of a thousand events, are small: two threads that call an operator on each from
+Python were a tenth to a fifth slower, as each return waits for the interpreter that the other holds. TorchScript runs
+the loop without it.
 """
 
 # L = length of the sequence, D = head width, R = queries of a block, C = keys that some of them see
@@ -20,15 +21,13 @@ from .operator import Problem
 
 BLOCK = 128
 """R: of 128 queries by 384 keys, scores, weights and gradients fill half of an EPYC core's second cache."""
-LEAST_BLOCKS = 8
-"""From how many on a band is worth a loop of its own."""
-MOST_WINDOW = 512
-"""Strips are large enough for wider ones."""
+MOST_KEYS = 4096
+"""That a block sees. Strips are large enough for more."""
 
 
 @dataclass(frozen=True)
 class Band:
-    """The first queries of a sequence, each of which sees itself and the `window` keys before."""
+    """The first queries of a sequence, each of which sees itself and the `window` keys before; without one, all."""
 
     num_queries: int
     """Whole blocks."""
@@ -37,18 +36,18 @@ class Band:
 
 def band_of(mask: AttentionMask, history_end: int) -> Band | None:
     """The band of a sequence; None if there is none, or strips are large enough."""
-    if not 0 < mask.window <= MOST_WINDOW or mask.prefix or mask.num_contextual:
+    window = mask.window or history_end
+    num_blocks = (history_end - (mask.full_tail if mask.window else 0)) // BLOCK
+    if window > MOST_KEYS or num_blocks < 1 or mask.prefix or mask.num_contextual:
         return None
-    num_blocks = (history_end - mask.full_tail) // BLOCK
-    return Band(num_blocks * BLOCK, mask.window) if num_blocks >= LEAST_BLOCKS else None
+    return Band(num_blocks * BLOCK, window)
 
 
-def multiplies_blocks(problem: Problem) -> bool:
+def multiplies_blocks(band: Band, problem: Problem) -> bool:
     """Whether oneDNN multiplies blocks of the problem, and scores are its products and nothing else."""
     is_float = problem.q.is_cpu and problem.q.dtype is torch.float32
     width = min(problem.q.shape[2], problem.v.shape[2])
-    num_scores = BLOCK * (BLOCK + problem.mask.window)
-    return HAS_ONEDNN and is_float and problem.bias is None and num_scores * width >= ONEDNN_FROM
+    return HAS_ONEDNN and is_float and problem.bias is None and BLOCK * (BLOCK + band.window) * width >= ONEDNN_FROM
 
 
 def attend(band: Band, q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, scale_L1: Tensor, out_LD: Tensor) -> None:

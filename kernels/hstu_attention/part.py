@@ -62,7 +62,8 @@ class Part:
 
     def band_of(self, problem: Problem) -> Band | None:
         """The band of the sequence, if its part is computed as one; strips begin where it ends."""
-        return self.plan.band if multiplies_blocks(problem) else None
+        band = self.plan.band
+        return band if band is not None and multiplies_blocks(band, problem) else None
 
     def scores(self, strip: Strip, q_RD: Tensor, k_CD: Tensor, bias_GRC: Tensor | None) -> Tensor:
         """The scores `[R, C]` of a strip, in the dtype of the bias if there is one; hidden ones are zero."""

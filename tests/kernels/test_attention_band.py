@@ -1,14 +1,14 @@
-"""Windows of long sequences, which are computed block by block in one loop instead of strip by strip."""
+"""Windows and causal sequences of middling length, computed block by block in one loop instead of in strips."""
 
 import pytest
 import torch
 from attention_cases import Case, assert_as_exact_as_plain_torch, attend, inputs_of, outputs_and_gradients
 
 from ultrarec.kernels import AttentionMask
-from ultrarec.kernels.hstu_attention.band import BLOCK, LEAST_BLOCKS, Band, band_of
+from ultrarec.kernels.hstu_attention.band import BLOCK, MOST_KEYS, Band, band_of
 from ultrarec.kernels.products import HAS_ONEDNN
 
-LONG = LEAST_BLOCKS * BLOCK + 200
+LONG = 8 * BLOCK + 200
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="blocks are multiplied by oneDNN, which this torch is without")
 
 
@@ -21,6 +21,11 @@ class TestAgainstTheDefinition:
     @pytest.mark.parametrize("window", [1, 100, 128, 129, 512])
     def test_windows_of_less_and_more_than_a_block(self, window: int) -> None:
         assert_as_exact_as_plain_torch(case_of(AttentionMask(window=window)))
+
+    @pytest.mark.parametrize("length", [257, 3 * BLOCK, 700])
+    @pytest.mark.parametrize("targets", [False, True], ids=["history", "targets"])
+    def test_all_before_without_a_window(self, length: int, targets: bool) -> None:
+        assert_as_exact_as_plain_torch(case_of(AttentionMask(), lengths=(length,), targets=targets))
 
     @pytest.mark.parametrize("full_tail", [1, 72, 200])
     @pytest.mark.parametrize("targets", [False, True], ids=["history", "targets"])
@@ -76,14 +81,18 @@ def test_a_band_ends_where_the_tail_begins() -> None:
     )
 
 
+def test_without_a_window_a_band_is_all_of_a_history_that_is_not_too_long() -> None:
+    assert band_of(AttentionMask(full_tail=500), 2000) == Band(num_queries=2000 // BLOCK * BLOCK, window=2000)
+    assert band_of(AttentionMask(), MOST_KEYS + 1) is None
+
+
 @pytest.mark.parametrize(
     "mask",
     [
-        AttentionMask(),
-        AttentionMask(window=1000),
+        AttentionMask(window=MOST_KEYS + 1),
         AttentionMask(window=99, prefix=1),
         AttentionMask(window=99, num_contextual=1),
-        AttentionMask(window=99, full_tail=1500),
+        AttentionMask(window=99, full_tail=1900),
     ],
 )
 def test_other_masks_are_left_to_strips(mask: AttentionMask) -> None:
