@@ -230,14 +230,16 @@ def _memory(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def write_histories(root: Path, *, mean_events: int, row_groups: int, seed: int = 0) -> None:
+def write_histories(
+    root: Path, *, mean_events: int, row_groups: int, group_events: int = EVENTS_PER_ROW_GROUP, seed: int = 0
+) -> None:
     """A prepared dataset of log-normal lengths, Zipf items and rising times, as `prepare` writes them."""
     random = np.random.default_rng(seed)
     root.mkdir()
     writer = HistoryWriter(root)
     rows = events = 0
     for _ in range(row_groups):
-        table = _row_group(random, mean_events)
+        table = _row_group(random, mean_events, group_events)
         writer.write(table)
         rows, events = rows + table.num_rows, events + _num_events(table)
     writer.close()
@@ -263,8 +265,8 @@ def write_histories(root: Path, *, mean_events: int, row_groups: int, seed: int 
     ).write()
 
 
-def _row_group(random: np.random.Generator, mean_events: int) -> pa.Table:
-    lengths = random.lognormal(np.log(mean_events) - 0.5, 1.0, max(EVENTS_PER_ROW_GROUP // mean_events, 1))
+def _row_group(random: np.random.Generator, mean_events: int, group_events: int) -> pa.Table:
+    lengths = random.lognormal(np.log(mean_events) - 0.5, 1.0, max(group_events // mean_events, 1))
     lengths = np.maximum(lengths, 2).astype(np.int32)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
     total = int(lengths.sum())
