@@ -121,8 +121,9 @@ class Loader:
 
     def _batches(self) -> Generator[Batch, None, None]:
         """The batches, `threads + prefetch` of them in work or done."""
-        # Those done wait in line with those in work: with a line of just threads + 1 batches, and those done elsewhere,
-        # threads were without work for an eighth of the time, while the batch that is due next was not done.
+        # Those done wait in line with those in work. With a line of threads + 1, and those done elsewhere, threads ran
+        # out of work while the batch due next was not done: 7% to 9% fewer events per second in three comparisons of
+        # four, on two noisy cores.
         ahead = self._config.threads + self._config.prefetch
         pool = ThreadPoolExecutor(self._config.threads, thread_name_prefix=f"{self._name}-worker")
         shelf = _Shelf(self._reader, pool)
