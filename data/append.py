@@ -84,6 +84,7 @@ def append(
     counts = info.counts
     totals = counted(counts.users, "user"), counted(counts.events, "event"), counted(counts.items, "item")
     report(f"{out}: {', '.join(totals)}")
+    report("runs that began with the dataset as it was before cannot continue on it; begin new ones")
     return info
 
 

@@ -6,11 +6,11 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, BrokenBarrierError
 
 import numpy as np
 import pyarrow as pa
@@ -101,14 +101,26 @@ def together(ranks: Sequence[Figures]) -> Figures:
 def measure(root: Path, *, ranks: int, threads: int, batch_tokens: int, turns: int) -> list[Figures]:
     """What each of `ranks` fresh processes measures, all at once: 1 + `turns` scans, then as many epochs.
 
-    They are forked from one process that has imported everything and run nothing.
+    They are forked from one process that has imported everything and run nothing. Raises UserError for a file that
+    cannot be read.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with context.Manager() as manager, ProcessPoolExecutor(ranks, context) as pool:
         config = DataConfig(path=str(root), batch_tokens=batch_tokens, threads=threads)
         work = partial(_measure_rank, config, ranks, 1 + turns, manager.Barrier(ranks))
-        return list(pool.map(work, range(ranks)))
+        measured = [pool.submit(work, rank) for rank in range(ranks)]
+        return _results(measured)
+
+
+def _results(ranks: Sequence[Future[Figures]]) -> list[Figures]:
+    """Of all ranks; if one has failed, its error, and not that of those that waited for it."""
+    wait(ranks)
+    errors = [error for rank in ranks if (error := rank.exception())]
+    causes = [error for error in errors if not isinstance(error, BrokenBarrierError)]
+    if errors:
+        raise (causes or errors)[0]
+    return [rank.result() for rank in ranks]
 
 
 def _measure_rank(config: DataConfig, ranks: int, turns: int, barrier: Barrier, rank: int) -> Figures:
@@ -182,20 +194,25 @@ def _timed_scans(scan: Callable[[], Iterator[int]], number: int, barrier: Barrie
 def _scan(places: Places, threads: int) -> Iterator[int]:
     """Events of each row group, columns spread over pyarrow's threads."""
     del threads  # set for the whole process
-    for file, group in places:
-        with pq.ParquetFile(file) as opened:
-            yield _num_events(opened.read_row_group(group, columns=list(EVENT_COLUMNS)))
+    for place in places:
+        yield _scan_group(place, use_threads=True)
 
 
 def _scan_spread(places: Places, threads: int) -> Iterator[int]:
     """Events of each row group, row groups spread over threads."""
-
-    def read(place: tuple[Path, int]) -> int:
-        with pq.ParquetFile(place[0]) as file:
-            return _num_events(file.read_row_group(place[1], columns=list(EVENT_COLUMNS), use_threads=False))
-
     with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(read, places)
+        yield from pool.map(partial(_scan_group, use_threads=False), places)
+
+
+def _scan_group(place: tuple[Path, int], *, use_threads: bool) -> int:
+    file, group = place
+    try:
+        with pq.ParquetFile(file) as opened:
+            return _num_events(opened.read_row_group(group, columns=list(EVENT_COLUMNS), use_threads=use_threads))
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"{file}, row group {group}, cannot be read ({first_line(error)}); restore it, or prepare the dataset again"
+        ) from error
 
 
 def _num_events(table: pa.Table) -> int:
@@ -213,14 +230,16 @@ def _memory(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def write_histories(root: Path, *, mean_events: int, row_groups: int, seed: int = 0) -> None:
+def write_histories(
+    root: Path, *, mean_events: int, row_groups: int, group_events: int = EVENTS_PER_ROW_GROUP, seed: int = 0
+) -> None:
     """A prepared dataset of log-normal lengths, Zipf items and rising times, as `prepare` writes them."""
     random = np.random.default_rng(seed)
     root.mkdir()
     writer = HistoryWriter(root)
     rows = events = 0
     for _ in range(row_groups):
-        table = _row_group(random, mean_events)
+        table = _row_group(random, mean_events, group_events)
         writer.write(table)
         rows, events = rows + table.num_rows, events + _num_events(table)
     writer.close()
@@ -246,8 +265,8 @@ def write_histories(root: Path, *, mean_events: int, row_groups: int, seed: int 
     ).write()
 
 
-def _row_group(random: np.random.Generator, mean_events: int) -> pa.Table:
-    lengths = random.lognormal(np.log(mean_events) - 0.5, 1.0, max(EVENTS_PER_ROW_GROUP // mean_events, 1))
+def _row_group(random: np.random.Generator, mean_events: int, group_events: int) -> pa.Table:
+    lengths = random.lognormal(np.log(mean_events) - 0.5, 1.0, max(group_events // mean_events, 1))
     lengths = np.maximum(lengths, 2).astype(np.int32)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
     total = int(lengths.sum())

@@ -109,7 +109,7 @@ class Loader:
         return self._order.num_steps(epochs, per_update=per_update)
 
     def __iter__(self) -> Iterator[Batch]:
-        ahead = Prefetcher(self._batches(), self._config.prefetch, self._name)
+        ahead = Prefetcher(self._batches(), 1, self._name)
         self._running.add(ahead)
         return ahead
 
@@ -120,7 +120,11 @@ class Loader:
             ahead.close()
 
     def _batches(self) -> Generator[Batch, None, None]:
-        """The batches, as many of them in work as there are threads to work on them."""
+        """The batches, `threads + prefetch` of them in work or done."""
+        # Those done wait in line with those in work. With a line of threads + 1, and those done elsewhere, threads ran
+        # out of work while the batch due next was not done: 7% to 9% fewer events per second in three comparisons of
+        # four, on two noisy cores.
+        ahead = self._config.threads + self._config.prefetch
         pool = ThreadPoolExecutor(self._config.threads, thread_name_prefix=f"{self._name}-worker")
         shelf = _Shelf(self._reader, pool)
         planned, in_work = deque[_Share](), deque[tuple[_Share, "Future[Batch]"]]()
@@ -138,7 +142,7 @@ class Loader:
                     shelf.decode_next()
                 if not in_work:
                     return
-                if len(in_work) > self._config.threads or not planned:
+                if len(in_work) == ahead or not planned:
                     share, batch = in_work.popleft()
                     yield batch.result()
                     shelf.forget_before(share)

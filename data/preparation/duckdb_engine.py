@@ -80,12 +80,12 @@ class DuckDbEngine:
         """The rows of a result."""
         return self.database.execute(query).fetchall()
 
-    def stream(self, query: str, *, progress: str = "") -> Stream:
+    def stream(self, query: str, *, progress: str = "", batch_rows: int = ROWS_PER_BATCH) -> Stream:
         """Batches that DuckDB makes as they are taken."""
         # A connection has one open result, so each stream needs a cursor of its own.
         cursor = self.database.cursor()
         with _shown(cursor, progress, self._report):
-            reader = cursor.sql(query).to_arrow_reader(ROWS_PER_BATCH)
+            reader = cursor.sql(query).to_arrow_reader(batch_rows)
         return Stream(reader.schema, reader)
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from .conversion import Part
 from .sources import Log
-from .streams import Stream
+from .streams import ROWS_PER_BATCH, Stream
 
 
 class Engine(Protocol):
@@ -47,8 +47,8 @@ class Engine(Protocol):
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         """The few rows of a result."""
 
-    def stream(self, query: str, *, progress: str = "") -> Stream:
-        """The rows of a query that ends in ORDER BY, in that order and in bounded memory."""
+    def stream(self, query: str, *, progress: str = "", batch_rows: int = ROWS_PER_BATCH) -> Stream:
+        """The rows of a query that ends in ORDER BY, in that order, about `batch_rows` of them in memory at once."""
 
 
 def row_of(engine: Engine, query: str) -> tuple[Any, ...]:

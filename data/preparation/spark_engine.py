@@ -139,7 +139,7 @@ class SparkEngine:
         """The rows of a result."""
         return [tuple(row) for row in self._session.sql(query).collect()]
 
-    def stream(self, query: str, *, progress: str = "") -> Stream:
+    def stream(self, query: str, *, progress: str = "", batch_rows: int = ROWS_PER_BATCH) -> Stream:
         """Sorted files, which Spark numbers in their order, read one after the other and removed at the end."""
         folder = self._work / f"stream-{self._num_streams}"
         self._num_streams += 1
@@ -150,7 +150,7 @@ class SparkEngine:
                 f"{folder} is empty after Spark wrote to it: its executors write to disks of their own; "
                 "give an --out on a file system that the driver and the executors share"
             )
-        return Stream(pq.read_schema(files[0]), _batches(files))
+        return Stream(pq.read_schema(files[0]), _batches(files, batch_rows))
 
     def close(self) -> None:
         """Let go of what the executors keep."""
@@ -232,8 +232,8 @@ def _without_globs(path: Path) -> str:
     return re.sub(r"([\[\]{}*?\\])", r"\\\1", str(path))
 
 
-def _batches(files: list[Path]) -> Iterator[pa.RecordBatch]:
+def _batches(files: list[Path], batch_rows: int) -> Iterator[pa.RecordBatch]:
     for path in files:
         with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(ROWS_PER_BATCH)
+            yield from file.iter_batches(batch_rows)
         path.unlink()

@@ -18,7 +18,7 @@ from .conversion import declared_parts
 from .engine import Engine, row_of
 from .options import PrepareOptions
 from .staging import Staged
-from .streams import RowStream, Stream, event_schema, typed, user_schema
+from .streams import RowStream, Stream, event_schema, rows_per_batch, typed, user_schema
 
 
 def describe(options: PrepareOptions) -> Split:
@@ -58,7 +58,8 @@ def items_in_order(engine: Engine, staged: Staged) -> Stream:
 
 def events_in_order(engine: Engine, options: PrepareOptions, staged: Staged) -> RowStream:
     """Each user's events in true order, for the users as in `users_in_order`; items are dense."""
-    stream = engine.stream(_sorted_events(options), progress="sorting")
+    batch_rows = rows_per_batch(staged.text_bytes)
+    stream = engine.stream(_sorted_events(options), progress="sorting", batch_rows=batch_rows)
     return RowStream(typed(stream, event_schema(staged.columns)))
 
 

@@ -10,6 +10,8 @@ import pyarrow as pa
 from ..schema import Column
 
 ROWS_PER_BATCH = 1 << 17
+TEXT_PER_BATCH = 32 << 20
+"""Bytes of strings in a batch. Of 1,500 each, 131,072 are 197 MB, and several batches are on their way at once."""
 USER_ROW = ""
 """Name of the column that numbers the users; empty, since a further column may have any other name."""
 
@@ -42,6 +44,11 @@ class RowStream:
         table = pa.concat_tables(parts)
         self._rest = table.slice(num_rows)
         return table.slice(0, num_rows)
+
+
+def rows_per_batch(text_bytes: Mapping[str, int]) -> int:
+    """Rows of which the strings, as long on average as `text_bytes` says of each column, are not too many bytes."""
+    return min(ROWS_PER_BATCH, max(TEXT_PER_BATCH // max(sum(text_bytes.values()), 1), 1))
 
 
 def typed(stream: Stream, schema: pa.Schema) -> Stream:

@@ -447,7 +447,9 @@ def test_the_command_appends_with_the_columns_of_the_dataset(tmp_path, capsys):
     old, new = two_logs(tmp_path)
     prepare_log(tmp_path / "out", old)
     assert run_command(new, "--append", "--out", tmp_path / "out") == 0
-    assert "1 user with new events, 1 new user" in capsys.readouterr().err.splitlines()
+    said = capsys.readouterr().err.splitlines()
+    assert "1 user with new events, 1 new user" in said
+    assert said[-1].startswith("runs that began with the dataset as it was before cannot continue")
     assert DatasetInfo.load(tmp_path / "out").counts.events == 606
 
 

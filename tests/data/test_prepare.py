@@ -12,6 +12,7 @@ import pytest
 from interaction_logs import histories, items, log_with_ties, original_items, prepare_log, write_csv, write_log
 
 from ultrarec.data.errors import UserError
+from ultrarec.data.preparation.streams import rows_per_batch
 from ultrarec.data.preparation.writing import (
     BYTES_PER_ROW_GROUP,
     events_per_row_group,
@@ -103,6 +104,12 @@ def test_row_groups_hold_fewer_events_of_more_columns():
     assert events_per_row_group({}, {}) == 2 * events_per_row_group(columns, {"b": 12}) == 1 << 19
     assert events_per_row_group({"a": Column(kind="user", type="double")}, {}) == 1 << 19
     assert events_per_row_group(columns, {"b": 1 << 30}) == 1
+
+
+def test_batches_on_their_way_hold_few_rows_where_strings_are_long():
+    assert rows_per_batch({}) == rows_per_batch({"a": 100, "b": 12}) == 1 << 17
+    assert 24 << 20 < rows_per_batch({"a": 1000, "b": 500}) * 1500 <= 32 << 20
+    assert rows_per_batch({"a": 1 << 30}) == 1
 
 
 def test_row_groups_of_long_strings_are_no_larger_than_others(tmp_path):

@@ -1,8 +1,11 @@
 """Both engines make one dataset: the same bytes in every file. With a real Spark session in this process."""
 
 import os
+import re
 import shutil
+import subprocess
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +20,22 @@ from ultrarec.data.prepare import PrepareOptions, prepare
 ROLES = {"user": "user", "item": "item", "time": "time"}
 
 
+JAVA_VERSION = 17
+"""The oldest that Spark 4 runs on."""
+
+
+def java_version():
+    """Of the Java that Spark would start, or None."""
+    home = os.environ.get("JAVA_HOME")
+    java = shutil.which(Path(home) / "bin" / "java" if home else "java")
+    if java is None:
+        return None
+    # On standard error: `openjdk version "17.0.12" 2024-07-16`; before Java 9, "1.8.0_421".
+    said = subprocess.run([java, "-version"], check=False, capture_output=True, text=True).stderr
+    found = re.search(r'version "(?:1\.)?(\d+)', said)
+    return None if found is None else int(found[1])
+
+
 @pytest.fixture(scope="module")
 def spark():
     """One session for all tests: starting one takes longer than all they do with it."""
@@ -24,8 +43,9 @@ def spark():
     leave_out = pytest.fail if os.environ.get("ULTRAREC_TEST_SPARK") == "always" else pytest.skip
     if find_spec("pyspark") is None:
         leave_out("--engine spark needs pyspark: pip install 'ultrarec[spark]'")
-    if shutil.which("java") is None:
-        leave_out("--engine spark needs Java 17 or later, and there is no `java` here")
+    if (version := java_version()) is None or version < JAVA_VERSION:
+        found = "there is none here" if version is None else f"here is Java {version}"
+        leave_out(f"--engine spark needs Java {JAVA_VERSION} or later, and {found}")
     from pyspark.sql import SparkSession
 
     settings = {

@@ -2,6 +2,7 @@ import json
 import os
 import re
 
+import pyarrow.parquet as pq
 import pytest
 from process_group import start_server
 from random_datasets import random_histories, write_dataset
@@ -48,6 +49,23 @@ def test_what_cannot_be_measured_or_kept_is_refused_before_anything_is_printed(t
     shown = capsys.readouterr()
     assert re.search(message, shown.err)
     assert shown.out == ""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_damaged_pages_end_in_one_line_that_names_them_whichever_rank_reads_them(tmp_path, capsys, ranks):
+    histories = random_histories(num_users=400, num_items=90, mean_events=40, seed=0)
+    info = write_dataset(tmp_path / "dataset", histories, num_items=90, num_files=2, rows_per_group=200)
+    file = info.history_paths[1]
+    whole = bytearray(file.read_bytes())
+    column = pq.read_metadata(file).row_group(0).column(2)
+    begin = column.data_page_offset + column.total_compressed_size // 4
+    whole[begin : begin + 400] = bytes(400)
+    file.write_bytes(whole)
+    start_server()
+    assert main(["bench", "loader", "--quick", str(info.root), "--ranks", str(ranks)]) == 2
+    shown = capsys.readouterr().err
+    assert re.search(r"part-00001.parquet, row group 0.*restore", shown)
+    assert "Traceback" not in shown
 
 
 def test_a_missing_dataset_is_named_before_anything_is_printed(tmp_path, capsys):
