@@ -83,11 +83,7 @@ class Collator:
 
     def _without_faults(self, samples: Samples, histories: Mapping[int, Histories]) -> tuple[Samples, Samples]:
         """The samples of rows that may be used, and those that are left out."""
-        faulty = {
-            group: np.array(sorted(histories[group].faults))
-            for group in np.unique(samples.groups).tolist()
-            if histories[group].faults
-        }
+        faulty = {group: np.array(sorted(read.faults)) for group, read in histories.items() if read.faults}
         if not faulty:
             return samples, samples.take(slice(0))
         is_fit = np.ones(len(samples), bool)
@@ -109,13 +105,14 @@ class Collator:
         lengths = slices.target_begin - slices.history_begin + num_targets
         gathered = _Gathered(samples, histories, lengths, self.features, self.numbers, self.memory)
         times = gathered.column("timestamps")
-        is_read = _is_earlier(times, lengths, num_targets) if is_ranking else np.ones(len(times), bool)
-        if self.stochastic_length is not None:
-            self._leave_out(self.stochastic_length, step, samples, times=times, lengths=lengths, is_read=is_read)
-        is_read[_ranges(np.cumsum(lengths) - num_targets, num_targets)] = True
-        if not is_read.all():
-            gathered.keep(is_read)
-            times = times[is_read]
+        if is_ranking or self.stochastic_length is not None:
+            is_read = _is_earlier(times, lengths, num_targets) if is_ranking else np.ones(len(times), bool)
+            if self.stochastic_length is not None:
+                self._leave_out(self.stochastic_length, step, samples, times=times, lengths=lengths, is_read=is_read)
+            is_read[_ranges(np.cumsum(lengths) - num_targets, num_targets)] = True
+            if not is_read.all():
+                gathered.keep(is_read)
+                times = times[is_read]
         events = {name: times if name == "timestamps" else gathered.column(name) for name in gathered.columns}
         if is_ranking:
             return _read_ranking(gathered, events, num_targets, self.features, self.numbers)
