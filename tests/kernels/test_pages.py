@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ultrarec.kernels.hstu_attention.pages import in_huge_pages
+from ultrarec.kernels.pages import in_huge_pages
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
