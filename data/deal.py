@@ -59,13 +59,18 @@ def deal(places: Numbers, costs: Integers, world_size: int) -> Integers:
     """
     if world_size == 1:
         return np.zeros(len(costs), np.int64)
-    by_place = _deal_by_place(places, costs, world_size)
-    largest = _largest_load(by_place, costs, world_size)
-    possible = max(costs.sum() / world_size, costs.max(initial=0))
-    if largest <= (1 + _EVEN) * possible:
-        return by_place
-    by_difference = _deal_by_difference(costs, world_size)
-    return by_difference if _largest_load(by_difference, costs, world_size) < largest else by_place
+    most = (1 + _EVEN) * max(costs.sum() / world_size, costs.max(initial=0))
+    best = _deal_by_place(places, costs, world_size)
+    largest = _largest_load(best, costs, world_size)
+    # Where there are many samples, the longest first come close in a 25th of the time that differencing takes.
+    for deal_otherwise in (_deal_longest_first, _deal_by_difference):
+        if largest <= most:
+            break
+        ranks = deal_otherwise(costs, world_size)
+        load = _largest_load(ranks, costs, world_size)
+        if load < largest:
+            best, largest = ranks, load
+    return best
 
 
 def _largest_load(ranks: Integers, costs: Integers, world_size: int) -> int:
@@ -131,6 +136,17 @@ def _subsets(number: int, most: int) -> Integers:
     for row, subset in zip(subsets, members, strict=True):
         row[list(subset)] = 1
     return subsets
+
+
+def _deal_longest_first(costs: Integers, world_size: int) -> Integers:
+    """Each sample, the costliest first, to the rank with the least so far (Graham 1969)."""
+    ranks = np.empty(len(costs), np.int64)
+    loads = [(0, rank) for rank in range(world_size)]
+    for sample in np.argsort(-costs, kind="stable").tolist():
+        load, rank = loads[0]
+        ranks[sample] = rank
+        heapq.heapreplace(loads, (load + int(costs[sample]), rank))
+    return ranks
 
 
 def _deal_by_difference(costs: Integers, world_size: int) -> Integers:

@@ -32,8 +32,9 @@ def product(a_RK: Tensor, b_KC: Tensor) -> Tensor:
 
 def linear_pieces(x_RK: Tensor, weight_CK: Tensor, bias_C: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
     """`x W^T + b` in pieces: some rows, and their `[., C]`, which the caller may change."""
-    for start in range(0, len(x_RK), PIECE):
-        rows = slice(start, min(start + PIECE, len(x_RK)))
+    step = PIECE if x_RK.is_cpu else max(len(x_RK), 1)
+    for start in range(0, len(x_RK), step):
+        rows = slice(start, min(start + step, len(x_RK)))
         piece_RK = x_RK[rows]
         if _worth_onednn(piece_RK, weight_CK.mT):
             yield rows, torch.ops.mkldnn._linear_pointwise(piece_RK, weight_CK, bias_C, "none", [], "")

@@ -207,8 +207,8 @@ class _Killed:
             whole_lines = file.read().rpartition(b"\n")[0]
             self._read += len(whole_lines)
             for match in self.PATTERN.finditer(whole_lines.decode(errors="replace")):
-                name = signal.Signals(int(match["signal"])).name
-                what = f"local rank {match['rank']} of node {self._node} (pid {match['pid']}) was killed by {name}"
+                how = _how(-int(match["signal"]))
+                what = f"local rank {match['rank']} of node {self._node} (pid {match['pid']}) {how}"
                 print(what, file=sys.stderr, flush=True)
 
 
@@ -280,7 +280,8 @@ class _Failure:
 
 def _how(exit_code: int) -> str:
     if exit_code < 0:
-        return f"was killed by {signal.Signals(-exit_code).name}"
+        known = -exit_code in list(signal.Signals)  # real-time signals have no name
+        return f"was killed by {signal.Signals(-exit_code).name if known else f'signal {-exit_code}'}"
     return f"ended with exit code {exit_code}"
 
 

@@ -212,5 +212,5 @@ def interrupted(out: Path, copy: Path, *, step: int) -> Path:
         if (step_of(folder) or 0) > step:
             shutil.rmtree(folder)
     assert complete_checkpoints(copy)[-1] == checkpoint_folder(copy, step)
-    remember_saved(copy, copy, step)
+    remember_saved(copy, None, step)
     return copy

@@ -111,7 +111,8 @@ class _Board:
         self._folder, self._purge_step = folder, purge_step
         self._writer: SummaryWriter | None = None
         self._retry_at = -math.inf
-        threading.excepthook = partial(_unless_tensorboards, threading.excepthook)
+        if getattr(threading.excepthook, "func", None) is not _unless_tensorboards:
+            threading.excepthook = partial(_unless_tensorboards, threading.excepthook)
 
     def add(self, values: Mapping[str, Any]) -> None:
         """Show the numbers of a line of metrics."""

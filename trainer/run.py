@@ -165,7 +165,7 @@ def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool, re
     complete = reading(lambda: complete_checkpoints(home), f"{home}/checkpoints")
     if fresh and (complete or (out / CONFIG_FILE).exists()):
         raise UserError(f"--fresh: {out} already holds a run; choose another --out, or delete that folder")
-    check_saved(out, home, complete)
+    check_saved(out, config.checkpoint.path, complete)
     manifest = newest_readable(complete, reading)
     if manifest is None:
         return complete
@@ -178,24 +178,25 @@ def _own_checkpoints(config: Config, out: Path, dataset: str, *, fresh: bool, re
     if manifest.config_hash != config.training_hash():
         raise UserError(
             f"{home} holds a run of another configuration{_differences(config, out, manifest.config_hash)}; restore "
-            f"those settings to continue it, or choose another {'--out' if home == out else 'checkpoint.path'}"
+            f"those settings to continue it, or choose another --out{'' if home == out else ' and checkpoint.path'}"
         )
     if len(going := next_to_go(complete, config.checkpoint, manifest.validations)) > 1:
         tell(
             f"ATTENTION: the next save deletes the checkpoints of steps {', '.join(map(str, going))}, which no setting "
-            "keeps any more: see checkpoint.keep_last, keep_every and keep_best"
+            "keeps: see checkpoint.keep_last, keep_every and keep_best"
         )
     return complete
 
 
 def _differences(config: Config, out: Path, config_hash: str) -> str:
     """Which settings a run folder's own configuration has otherwise, if it is the one that checkpoints belong to."""
+    unknown = " (of data, embeddings, model or objective)"
     try:
         before = load_config(str(out / CONFIG_FILE))
     except UserError:
-        return ""
+        return unknown
     if before.training_hash() != config_hash:
-        return ""
+        return unknown
     changed = [f"{name} = {now!r}, was {old!r}" for name, (now, old) in config.training_differences(before).items()]
     return f" ({'; '.join(changed)})"
 
@@ -247,7 +248,7 @@ def _prepare_folder(config: Config, out: Path, plan: str, newest: Location | Non
         forget_after(out, step)
         _write_if_changed(out / CONFIG_FILE, _without_keys(config).to_toml())
         if newest is not None:
-            remember_saved(out, checkpoint_home(config.checkpoint, out), step)
+            remember_saved(out, config.checkpoint.path, step)
             tell_of_other_tiles(out / PLAN_FILE, plan)
         _write_if_changed(out / PLAN_FILE, plan)
     except OSError as error:

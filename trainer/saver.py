@@ -265,7 +265,7 @@ class Saver:
         self._error = None
         self._unreadable.discard(commit.manifest.step)
         if self._world.is_main:
-            remember_saved(self._out, self.home, commit.manifest.step)
+            remember_saved(self._out, self._config.path, commit.manifest.step)
             self._delete_superseded(commit.manifest)
 
     def _tell_failed(self, folder: Location, step: int) -> None:

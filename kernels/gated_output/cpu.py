@@ -38,7 +38,7 @@ def forward(
     if fp8:
         out_TE = torch.add(x_TE, multiply(y_TY, weight_EY), alpha=scale).to(x_TE.dtype)
     else:
-        out_TE = torch.empty_like(x_TE)
+        out_TE = x_TE.new_empty(x_TE.shape)
         for rows, piece_RE in linear_pieces(y_TY, weight_EY):
             out_TE[rows] = torch.add(x_TE[rows], piece_RE, alpha=scale)
     return out_TE if bias_E is None else out_TE.add_(bias_E), mean, rstd

@@ -60,6 +60,13 @@ def gate(**options):
     return op
 
 
+def test_tokens_in_columns_give_the_layout_that_compilation_expects():
+    inputs = inputs_of()
+    inputs["x"] = inputs["x"].t().contiguous().t()
+    assert gate()(inputs).is_contiguous()
+    assert_compiles(gate(), inputs)
+
+
 @pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("concat", [False, True], ids=["gated", "concat"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
