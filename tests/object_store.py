@@ -8,6 +8,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import boto3
+from moto.server import ThreadedMotoServer
 
 
 class Proxy(ThreadingHTTPServer):
@@ -96,3 +97,11 @@ def fill(moto, local, prefix):
         if path.is_file():
             client.upload_file(str(path), "logs", f"{prefix}/{path.relative_to(local)}")
     return address
+
+
+@contextmanager
+def running_store(local, prefix):
+    """The address of a server that holds a folder, as long as it is needed."""
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    yield fill(moto, local, prefix)
+    moto.stop()

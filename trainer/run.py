@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -93,16 +93,7 @@ def assemble(
     reporter = Reporter(out, is_main=world.is_main, step=state.step, total_steps=total_steps)
     audit = Audit(out, rank=world.rank) if config.data.audit else None
     watchdog = Watchdog(out, rank=world.rank, seconds=config.trainer.watchdog_seconds)
-    saver = Saver(
-        config.checkpoint,
-        out,
-        world,
-        config_hash=config.training_hash(),
-        dataset=info.fingerprint,
-        say=reporter.say,
-        limit_seconds=config.trainer.timeout_seconds,
-        unreadable=[] if used is None else used.unreadable,
-    )
+    saver = _saver(config, out, world, dataset=info.fingerprint, say=reporter.say, used=used)
     timer = Timer(world.device)
     reporter.say(_greeting(out, plan, newest, world, total_steps, is_over=state.is_over(config.trainer)))
     try:
@@ -133,6 +124,21 @@ def assemble(
         skips.journal.close()
         if audit is not None:
             audit.journal.close()
+
+
+def _saver(
+    config: Config, out: Path, world: World, *, dataset: str, say: Callable[[str], None], used: Used[Manifest] | None
+) -> Saver:
+    return Saver(
+        config.checkpoint,
+        out,
+        world,
+        config_hash=config.training_hash(),
+        dataset=dataset,
+        say=say,
+        limit_seconds=config.trainer.timeout_seconds,
+        unreadable=[] if used is None else used.unreadable,
+    )
 
 
 def _pipeline(

@@ -9,8 +9,7 @@ import time
 import boto3
 import pytest
 from interaction_logs import ROLES, log_with_ties, prepare_log, write_csv, write_log
-from moto.server import ThreadedMotoServer
-from object_store import FAILURES, fill, running_proxy
+from object_store import FAILURES, running_proxy, running_store
 
 from ultrarec.data import patience, storage
 from ultrarec.data.errors import StorageError, UserError
@@ -37,9 +36,8 @@ def local(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(local):
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    yield fill(moto, local, "shop")
-    moto.stop()
+    with running_store(local, "shop") as address:
+        yield address
 
 
 @pytest.fixture

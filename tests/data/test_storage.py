@@ -6,7 +6,7 @@ import time
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
-from object_store import FAILURES, fill, free_port, refuse, running_proxy
+from object_store import FAILURES, fill, free_port, refuse, running_proxy, running_store
 from random_datasets import random_histories, write_dataset
 
 from ultrarec.data import patience
@@ -28,9 +28,8 @@ def local(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(local):
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    yield fill(moto, local, "prepared")
-    moto.stop()
+    with running_store(local, "prepared") as address:
+        yield address
 
 
 def stop(moto):
