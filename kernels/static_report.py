@@ -5,7 +5,6 @@ Nothing is timed: registers, spills, shared memory, and how many instructions a 
 
 # D = head width, R = queries and C = keys of a tile
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +14,17 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import sass
+from . import amdgcn, sass
 from .hstu_attention.operator import Problem
 from .hstu_attention.triton_bias_launch import BiasPass
 from .hstu_attention.triton_blocks import Blocks
 from .hstu_attention.triton_launch import forward_launch, keys_launch, queries_launch
 from .hstu_attention.triton_padding import padded_problem
 from .launching import Launch
+from .machine_code import KINDS, Instruction, Usage, counts_of, tensor_loops
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
+LANES_OF_A_WARP, LANES_OF_A_WAVEFRONT = 32, 64
 NUM_PRODUCTS = {"forward": 2, "keys": 4, "queries": 3}
 """Of a tile, by kernel: the score, and what is summed from it; the backward computes scores again."""
 
@@ -69,7 +70,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Loop:
-    """One loop over tiles; instructions that all warps issue, per score, counting a warp's as 32."""
+    """One loop over tiles; instructions that all warps issue, per score, counting a warp's as one for each lane."""
 
     name: str
     """ "interior": tiles that all see; "boundary": those that the mask hides in part."""
@@ -88,14 +89,13 @@ class Kernel:
     name: str
     tile: str
     registers: int
-    """Of a thread; vector registers on AMD devices."""
     spilled: int
-    """Bytes of stack; on AMD devices spilled registers and bytes of scratch memory."""
+    """Both as in Usage."""
     shared_bytes: int
     matrix_instructions: int
-    """In the loops over tiles; on AMD devices in the whole kernel."""
+    """In the loops over tiles."""
     loops: tuple[Loop, ...]
-    """On NVIDIA devices; none of the bias gradient, whose loop is over sequences, nor of heads of two widths."""
+    """None of the bias gradient, whose loop is over sequences, nor of heads of two widths."""
 
 
 class NoDevice:
@@ -103,7 +103,11 @@ class NoDevice:
 
     def __init__(self, target: str) -> None:
         is_nvidia = target.startswith("sm_")
-        self.target = GPUTarget("cuda", int(target[3:]), 32) if is_nvidia else GPUTarget("hip", target, 64)
+        self.target = (
+            GPUTarget("cuda", int(target[3:]), LANES_OF_A_WARP)
+            if is_nvidia
+            else GPUTarget("hip", target, LANES_OF_A_WAVEFRONT)
+        )
 
     def get_current_device(self) -> str:
         """The target: Triton keeps what it compiled by device, this way also by target."""
@@ -178,55 +182,54 @@ def launch_of(
     return sums.launch, lambda: [sums.position_gradient(), sums.time_gradient()]
 
 
-def usage_of(compiled: Any) -> tuple[int, int]:
-    """Registers of a thread, and what it spilled: bytes of stack, or on AMD devices registers and bytes of scratch."""
+def usage_of(compiled: Any) -> Usage:
+    """What a thread of a kernel that Triton compiled takes."""
     if "cubin" in compiled.asm:
-        usage = sass.usage_of(compiled.asm["cubin"])
-        return usage.registers, usage.stack_bytes
-    fields = r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)"
-    found = {name: int(value) for name, value in re.findall(fields, compiled.asm["amdgcn"])}
-    return found["vgpr_count"], found["vgpr_spill_count"] + found["private_segment_fixed_size"]
+        return sass.usage_of(compiled.asm["cubin"])
+    return amdgcn.usage_of(compiled.asm["amdgcn"])
+
+
+def loops_of(compiled: Any) -> list[list[Instruction]]:
+    """The loops over tiles of a kernel that Triton compiled."""
+    if "cubin" in compiled.asm:
+        return tensor_loops(sass.program_of(compiled.asm["cubin"]))
+    return tensor_loops(amdgcn.program_of(compiled.asm["amdgcn"]))
 
 
 def describe(target: str, setting: Setting, name: str, launch: Launch, compiled: Any) -> Kernel:
     """What a launch costs once Triton has compiled it."""
     variant = launch.arguments["VARIANT"]
-    registers, spilled = usage_of(compiled)
-    bodies: list[list[sass.Instruction]] = []
-    if "cubin" in compiled.asm:
-        bodies = sass.tensor_loops(compiled.asm["cubin"])
-        num_matrix = sum(sass.counts_of(body)["tensor"] for body in bodies)
-    else:
-        num_matrix = len(re.findall(r"\bv_mfma_", compiled.asm["amdgcn"]))
+    usage, bodies = usage_of(compiled), loops_of(compiled)
     # Products of two widths are not told apart.
     has_loops = name in NUM_PRODUCTS and setting.value_width is None
+    lanes = LANES_OF_A_WARP if target.startswith("sm_") else LANES_OF_A_WAVEFRONT
     return Kernel(
         target=target,
         setting=str(setting),
         name=name,
         tile=f"{variant.rows}x{variant.keys}",
-        registers=registers,
-        spilled=spilled,
+        registers=usage.registers,
+        spilled=usage.spilled,
         shared_bytes=compiled.metadata.shared,
-        matrix_instructions=num_matrix,
-        loops=_loops(name, launch, setting.width, bodies) if has_loops else (),
+        matrix_instructions=sum(counts_of(body)["tensor"] for body in bodies),
+        loops=_loops(name, launch, setting.width, lanes, bodies) if has_loops else (),
     )
 
 
-def _loops(name: str, launch: Launch, width: int, bodies: list[list[sass.Instruction]]) -> tuple[Loop, ...]:
+def _loops(name: str, launch: Launch, width: int, lanes: int, bodies: list[list[Instruction]]) -> tuple[Loop, ...]:
     """The loop over tiles that all see comes first; tiles at the edge are taken in parts, half as large or less."""
     variant, num_warps = launch.arguments["VARIANT"], launch.options["num_warps"]
     edge = (variant.edge_rows, variant.keys) if name == "keys" else (variant.rows, variant.edge_keys)
     loops = []
     tiles = (("interior", variant.rows * variant.keys), ("boundary", edge[0] * edge[1]))
     for (loop_name, num_scores), body in zip(tiles, bodies, strict=False):
-        multiplied = sum(x.multiply_adds(num_warps) for x in body if x.kind == "tensor")
+        multiplied = num_warps * sum(x.multiply_adds for x in body)
         done = multiplied / (num_scores * width * NUM_PRODUCTS[name])
         # An iteration may hold several tiles; warps may also repeat each other's products, but not a whole tile's.
         num_tiles = max(1, int(done + 0.01))
-        factor = 32 * num_warps / (num_scores * num_tiles)
-        counts = sass.counts_of(body)
-        by_kind = {kind: round(counts[kind] * factor, 2) for kind in sass.KINDS}
+        factor = lanes * num_warps / (num_scores * num_tiles)
+        counts = counts_of(body)
+        by_kind = {kind: round(counts[kind] * factor, 2) for kind in KINDS}
         redundancy = round(done / num_tiles, 2) if multiplied else None
         loops.append(Loop(loop_name, round(len(body) * factor, 2), by_kind, redundancy))
     return tuple(loops)

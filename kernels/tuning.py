@@ -107,9 +107,12 @@ def compiles_cleanly(shape: Shape, target: str, blocks: Blocks) -> bool:
         return False
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     most_shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    _, spilled = usage_of(compiled)
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
-    return spilled == 0 and compiled.metadata.shared <= most_shared and tensor_memory <= TENSOR_MEMORY_COLUMNS
+    return (
+        usage_of(compiled).spilled == 0
+        and compiled.metadata.shared <= most_shared
+        and tensor_memory <= TENSOR_MEMORY_COLUMNS
+    )
 
 
 def problem_for(shape: Shape, length: int, device: str) -> Problem:

@@ -30,7 +30,10 @@ def run(args: argparse.Namespace) -> int:
     except bench.WrongResults as wrong:
         print(f"no figures, as the results are wrong: {wrong}", file=sys.stderr)
         return 1
-    print("loops: instructions per score, of which by kind; those of AMD devices, and of float32, are not counted\n")
+    print(
+        "loops: instructions of a thread per score, and of which kind; not of float32 on NVIDIA devices, whose\n"
+        "products are no tensor instructions\n"
+    )
     kernels, last = [], None
     for kernel in static_report.report(targets):
         if last != (last := (kernel.target, kernel.setting)):

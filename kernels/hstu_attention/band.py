@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..products import HAS_ONEDNN, ONEDNN_FROM
+from ..products import HAS_ONEDNN, ONEDNN_FROM, multiplies_bfloat16
 from .mask import AttentionMask
 from .operator import Problem
 
@@ -45,9 +45,11 @@ def band_of(mask: AttentionMask, history_end: int) -> Band | None:
 
 def multiplies_blocks(band: Band, problem: Problem) -> bool:
     """Whether oneDNN multiplies blocks of the problem, and scores are its products and nothing else."""
-    is_float = problem.q.is_cpu and problem.q.dtype is torch.float32
+    dtype = problem.q.dtype
+    is_fast = dtype is torch.float32 or (dtype is torch.bfloat16 and multiplies_bfloat16(problem.q))
     width = min(problem.q.shape[2], problem.v.shape[2])
-    return HAS_ONEDNN and is_float and problem.bias is None and BLOCK * (BLOCK + band.window) * width >= ONEDNN_FROM
+    is_worth_it = BLOCK * (BLOCK + band.window) * width >= ONEDNN_FROM
+    return HAS_ONEDNN and problem.q.is_cpu and is_fast and problem.bias is None and is_worth_it
 
 
 def attend(band: Band, q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, scale_L1: Tensor, out_LD: Tensor) -> None:
@@ -123,7 +125,7 @@ def _differentiate_loop(
 ) -> None:
     for start in range(0, num_queries, block):
         first, stop = max(start - window, 0) // 16 * 16, start + block
-        q_RD, dout_RD = q_LD[start:stop].contiguous(), dout_LD[start:stop] * scale_L1[start:stop]
+        q_RD, dout_RD = q_LD[start:stop].contiguous(), (dout_LD[start:stop] * scale_L1[start:stop]).to(q_LD.dtype)
         k_CD, v_CD = k_LD[first:stop], v_LD[first:stop]
         scores_RC = _product(q_RD, k_CD).tril_(start - first).triu_(start - first - window)
         dweights_RC = _product(dout_RD, v_CD).tril_(start - first).triu_(start - first - window)

@@ -13,8 +13,7 @@ On sm_90, causal, bfloat16, the loop over full tiles issues per score (instructi
 
 The loop over tiles at the edge of the causal mask issues 9.9 and 10.7 in the forward. The gradients of heads wider than
 128 use the instructions of sm_80 on sm_90: its own take 64 keys or queries at least, which spilled 16 to 816 bytes.
-On gfx942 and gfx950 only
-bfloat16 heads of 128 were looked at.
+Those of gfx942 and gfx950 were chosen on gfx942, by the fewest instructions per score: docs/attention.md has them.
 """
 
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ class Blocks:
 
 
 Table = dict[str, dict[int, Blocks]]
-"""By kernel, then by the widest head that the tiles are for."""
+"""By kernel, then by the widest head that the tiles are for. Those of the bias gradient are square."""
 
 HOPPER: Table = {
     "forward": {128: Blocks(128, 128, 8), 256: Blocks(128, 64, 8)},
@@ -75,16 +74,17 @@ AMPERE_BIASED: Table = {
     "queries": {128: Blocks(32, 32, 4, 1), 256: Blocks(32, 32, 8, 1)},
     "bias": {128: Blocks(16, 16, 4, 1), 256: Blocks(16, 16, 8, 1)},
 }
+# A wavefront multiplies 32 keys or queries of the output; fewer of them than wavefronts, and several do the same work.
 CDNA: Table = {
-    "forward": {128: Blocks(128, 64, 4, 1), 256: Blocks(64, 32, 4, 1)},
-    "keys": {64: Blocks(64, 64, 4, 1), 128: Blocks(32, 64, 4, 1), 256: Blocks(32, 32, 4, 1)},
-    "queries": {64: Blocks(64, 64, 4, 1), 128: Blocks(64, 32, 4, 1), 256: Blocks(32, 32, 4, 1)},
+    "forward": {128: Blocks(128, 64, 4, 1), 256: Blocks(128, 32, 4, 1)},
+    "keys": {64: Blocks(64, 128, 4, 1), 128: Blocks(32, 128, 4, 1), 256: Blocks(16, 64, 4, 1)},
+    "queries": {64: Blocks(128, 64, 4, 1), 128: Blocks(128, 32, 4, 1), 256: Blocks(128, 16, 4, 1)},
 }
 CDNA_BIASED: Table = {
-    "forward": {256: Blocks(64, 32, 4, 1)},
-    "keys": {256: Blocks(16, 32, 4, 1)},
-    "queries": {128: Blocks(64, 32, 4, 1), 256: Blocks(16, 32, 4, 1)},
-    "bias": {256: Blocks(32, 32, 4, 1)},
+    "forward": {128: Blocks(128, 32, 4, 1), 256: Blocks(128, 16, 4, 1)},
+    "keys": {128: Blocks(16, 64, 2, 1), 256: Blocks(16, 64, 4, 1)},
+    "queries": {128: Blocks(128, 32, 4, 1), 256: Blocks(128, 16, 4, 1)},
+    "bias": {256: Blocks(64, 64, 4, 1)},
 }
 # Without tensor cores products take registers for both operands.
 FLOAT32: Table = {

@@ -80,7 +80,7 @@ def variant_of(problem: Problem, blocks: Blocks, target: str) -> Variant:
         mask=problem.mask,
         has_targets=problem.num_targets is not None,
         uniform_scale=uniform_scale,
-        hardware_tanh=target.startswith("sm_") and problem.q.dtype != torch.float32,
+        tanh=_tanh_for(problem.q.dtype, target),
         interpreted=target == INTERPRETER,
         dqk=dqk,
         dv=dv,
@@ -91,6 +91,12 @@ def variant_of(problem: Problem, blocks: Blocks, target: str) -> Variant:
         edge_rows=max(16, blocks.rows // (2 if uniform_scale else 4)),
         edge_keys=max(16, blocks.keys // 2),
     )
+
+
+def _tanh_for(dtype: torch.dtype, target: str) -> str:
+    if target.startswith("gfx"):
+        return "fast division"
+    return "hardware" if target.startswith("sm_") and dtype != torch.float32 else "portable"
 
 
 def sequences_of(problem: Problem, tile: int) -> Sequences:

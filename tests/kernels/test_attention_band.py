@@ -17,28 +17,34 @@ def case_of(mask: AttentionMask, **changes: object) -> Case:
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 class TestAgainstTheDefinition:
     @pytest.mark.parametrize("window", [1, 100, 128, 129, 512])
-    def test_windows_of_less_and_more_than_a_block(self, window: int) -> None:
-        assert_as_exact_as_plain_torch(case_of(AttentionMask(window=window)))
+    def test_windows_of_less_and_more_than_a_block(self, window: int, dtype: torch.dtype) -> None:
+        assert_as_exact_as_plain_torch(case_of(AttentionMask(window=window), dtype=dtype))
 
     @pytest.mark.parametrize("length", [257, 3 * BLOCK, 700])
     @pytest.mark.parametrize("targets", [False, True], ids=["history", "targets"])
-    def test_all_before_without_a_window(self, length: int, targets: bool) -> None:
-        assert_as_exact_as_plain_torch(case_of(AttentionMask(), lengths=(length,), targets=targets))
+    def test_all_before_without_a_window(self, length: int, targets: bool, dtype: torch.dtype) -> None:
+        assert_as_exact_as_plain_torch(case_of(AttentionMask(), lengths=(length,), targets=targets, dtype=dtype))
 
     @pytest.mark.parametrize("full_tail", [1, 72, 200])
     @pytest.mark.parametrize("targets", [False, True], ids=["history", "targets"])
-    def test_a_tail_behind_the_band(self, full_tail: int, targets: bool) -> None:
-        assert_as_exact_as_plain_torch(case_of(AttentionMask(window=200, full_tail=full_tail), targets=targets))
+    def test_a_tail_behind_the_band(self, full_tail: int, targets: bool, dtype: torch.dtype) -> None:
+        assert_as_exact_as_plain_torch(
+            case_of(AttentionMask(window=200, full_tail=full_tail), targets=targets, dtype=dtype)
+        )
 
-    def test_a_scale_per_query_whose_gradient_is_asked_for(self) -> None:
+    def test_a_scale_per_query_whose_gradient_is_asked_for(self, dtype: torch.dtype) -> None:
         # The forward is the band's, the backward that of strips, with one plan.
-        assert_as_exact_as_plain_torch(case_of(AttentionMask(window=90, full_tail=50), scale="tensor", num_heads=2))
+        assert_as_exact_as_plain_torch(
+            case_of(AttentionMask(window=90, full_tail=50), scale="tensor", num_heads=2, dtype=dtype)
+        )
 
 
-def test_what_is_not_finite_reaches_those_alone_that_see_it() -> None:
-    case, window, broken = case_of(AttentionMask(window=150)), 150, 700
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_is_not_finite_reaches_those_alone_that_see_it(dtype: torch.dtype) -> None:
+    case, window, broken = case_of(AttentionMask(window=150), dtype=dtype), 150, 700
     inputs = inputs_of(case)
     expected = attend(case, inputs, "cpu")
     for x in inputs.values():

@@ -40,9 +40,11 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> list[Facts]:
     return [json.loads(line) for line in output.splitlines()]
 
 
-def promised(shipped: list[Facts], name: str, width: int, *, scale_per_query: bool = False) -> Facts:
-    """The kernel of causal attention on sm_90 in bfloat16."""
-    wanted = {"target": "sm_90", "name": name, "width": width, "dtype": "bfloat16", "biased": False, "masked": False}
+def promised(
+    shipped: list[Facts], name: str, width: int, *, target: str = "sm_90", scale_per_query: bool = False
+) -> Facts:
+    """The kernel of causal attention in bfloat16."""
+    wanted = {"target": target, "name": name, "width": width, "dtype": "bfloat16", "biased": False, "masked": False}
     (kernel,) = (each for each in shipped if each.items() >= {**wanted, "scale_per_query": scale_per_query}.items())
     return kernel
 
@@ -97,6 +99,23 @@ def test_both_passes_of_the_backward_together_issue_at_most_28_instructions_for_
     assert sum(loop["issued"] for loop in interiors) <= 28
     assert [loop["by_kind"]["special"] for loop in interiors] == [1, 1]
     assert [loop["redundancy"] for loop in interiors] == [1, 1]
+
+
+def test_on_amd_devices_no_wavefront_repeats_the_work_of_another(shipped: list[Facts]) -> None:
+    loops = [loop for kernel in shipped if kernel["target"] in ("gfx942", "gfx950") for loop in kernel["loops"]]
+    assert loops
+    assert {loop["redundancy"] for loop in loops} == {1}
+
+
+@pytest.mark.parametrize(("target", "most_forward", "most_backward"), [("gfx942", 19, 58), ("gfx950", 12, 35)])
+def test_on_amd_devices_silu_takes_no_division_rounded_correctly(
+    shipped: list[Facts], target: str, most_forward: float, most_backward: float
+) -> None:
+    kernels = {name: promised(shipped, name, 128, target=target) for name in ("forward", "keys", "queries")}
+    interiors = {name: kernel["loops"][0] for name, kernel in kernels.items()}
+    assert {loop["by_kind"]["special"] for loop in interiors.values()} == {2}
+    assert interiors["forward"]["issued"] <= most_forward
+    assert interiors["keys"]["issued"] + interiors["queries"]["issued"] <= most_backward
 
 
 def test_what_is_recorded_of_kernels_is_what_the_compiler_makes_of_them(shipped: list[Facts]) -> None:

@@ -119,8 +119,9 @@ def test_tuning_without_a_gpu_exits_2_and_says_what_is_used_instead(capsys):
     assert "torch finds none here; the built-in tiles need no tuning" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("target", "num_special"), [("sm_90", 1), ("gfx942", 2)])
 def test_the_static_report_shows_and_writes_what_each_kernel_costs_once_results_are_right(
-    monkeypatch, tmp_path, capsys
+    monkeypatch, tmp_path, capsys, target, num_special
 ):
     pytest.importorskip("triton")
     from ultrarec.kernels import static_report
@@ -132,13 +133,13 @@ def test_the_static_report_shows_and_writes_what_each_kernel_costs_once_results_
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     forward = static_report.launches_of
     monkeypatch.setattr(static_report, "launches_of", lambda *a: {"forward": forward(*a)["forward"]})
-    assert cli.main(["bench", "attention", "--static", "--arch", "sm_90", "--out", str(tmp_path)]) == 0
+    assert cli.main(["bench", "attention", "--static", "--arch", target, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     (kernel,) = json.loads((tmp_path / "attention_static.json").read_text())["kernels"]
-    assert (kernel["target"], kernel["spilled"]) == ("sm_90", 0)
+    assert (kernel["target"], kernel["spilled"]) == (target, 0)
     interior, boundary = kernel["loops"]
     assert f"{interior['issued']:.2f}" in shown
-    assert interior["by_kind"]["special"] == boundary["by_kind"]["special"] == 1
+    assert interior["by_kind"]["special"] == boundary["by_kind"]["special"] == num_special
     assert interior["redundancy"] == 1
     assert interior["issued"] < boundary["issued"]
     assert sum(interior["by_kind"].values()) == pytest.approx(interior["issued"], abs=0.05)

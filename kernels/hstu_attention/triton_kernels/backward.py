@@ -77,7 +77,7 @@ def add_queries(
     keys = first_key + tl.arange(0, VARIANT.keys)[:, None]
     products_CR = dot(k_CD, tl.trans(q_RD), None, VARIANT)
     h_CR = half_scores(products_CR, rows, keys, sequence, bias, half_alpha)
-    tanh_CR = tanh(h_CR, VARIANT.hardware_tanh)
+    tanh_CR = tanh(h_CR, VARIANT.tanh)
     if EDGE:
         visible = is_visible(rows, keys, sequence.history_end, VARIANT.mask, VARIANT.has_targets)
         tanh_CR = tl.where(visible, tanh_CR, HIDDEN_TANH)
@@ -143,7 +143,7 @@ def add_keys(
     keys = first_key + tl.arange(0, KEYS)[None, :]
     products_RC = dot(q_RD, tl.trans(k_CD), None, VARIANT)
     h_RC = half_scores(products_RC, rows, keys, sequence, bias, half_alpha)
-    tanh_RC = tanh(h_RC, VARIANT.hardware_tanh)
+    tanh_RC = tanh(h_RC, VARIANT.tanh)
     if EDGE:
         visible = is_visible(rows, keys, sequence.history_end, VARIANT.mask, VARIANT.has_targets)
         tanh_RC = tl.where(visible, tanh_RC, HIDDEN_TANH)

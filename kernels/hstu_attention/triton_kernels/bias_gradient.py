@@ -90,7 +90,7 @@ def sum_over_heads(
         dout_RD = load_rows(dout, sequence, first_row, VARIANT.dv, VARIANT.rows, VARIANT.block_dv, True)
         products_RC = dot(q_RD, tl.trans(k_CD), None, VARIANT)
         h_RC = half_scores(products_RC, rows, keys, sequence, bias, half_alpha)
-        _, excess_RC = silu_and_excess_slope(h_RC, tanh(h_RC, VARIANT.hardware_tanh))
+        _, excess_RC = silu_and_excess_slope(h_RC, tanh(h_RC, VARIANT.tanh))
         dweights_RC = dot(dout_RD, tl.trans(v_CD), None, VARIANT)
         dscores_RC += dweights_RC + dweights_RC * excess_RC
     sequence = load_sequence_of(sequences, rank, 0, 0, VARIANT.mask)

@@ -64,7 +64,7 @@ def add_tile(
     keys = first_key + tl.arange(0, KEYS)[None, :]
     products_RC = dot(q_RD, tl.trans(k_CD), None, VARIANT)
     h_RC = half_scores(products_RC, rows, keys, sequence, bias, half_alpha)
-    weights_RC = h_RC + h_RC * tanh(h_RC, VARIANT.hardware_tanh)
+    weights_RC = h_RC + h_RC * tanh(h_RC, VARIANT.tanh)
     if EDGE:
         visible = is_visible(rows, keys, sequence.history_end, VARIANT.mask, VARIANT.has_targets)
         weights_RC = tl.where(visible, weights_RC, 0.0)
