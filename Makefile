@@ -34,8 +34,8 @@ train: $(INSTALLED) $(SAMPLE)/dataset.json ## Train the sample recipe on two pro
 # A file stays on one worker, so that what its fixtures build is built once; files start in the order of collection, in
 # which tests/conftest.py puts those with slow tests first. Bytecode is kept whatever the environment says: many tests
 # start processes, and one that has to compile torch and TorchRec needs 13 s to import them instead of 5.
-test: $(INSTALLED) $(SPARK) ## Run all tests, four at a time: half of their time they wait
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+test: $(INSTALLED) $(SPARK) ## Run all tests, two at a time
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 RUNS := 100
 faults: $(INSTALLED) ## Kill, stop and starve RUNS small runs at random moments; each must end as if nothing had happened
