@@ -4,16 +4,16 @@ import re
 
 from .machine_code import Instruction, Usage
 
-# The first that fits; the rest is integers, predicates and moves.
+# The first that fits; the rest is integers and moves.
 CLASSES = {
     "tensor": r"v_s?mfmac?_\w+",
     "special": r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_\w+",
-    "sync": r"s_(waitcnt\w*|barrier|sleep)",
+    "sync": r"s_(waitcnt\w*|barrier|nop|sleep)",
     "memory": r"(ds|global|buffer|flat|scratch)_\w+|s_(buffer_)?load_\w+",
     "control": r"s_\w+|v_readfirstlane_\w+",
     "float": r"v_\w*_b?f(16|32|64)\w*|v_cvt_\w+",
 }
-"""Kinds of instructions by name; "float" includes conversions, "control" the scalar unit."""
+"""By name; "float" includes conversions and comparisons, "control" the scalar unit, "sync" whatever waits."""
 LINE = re.compile(r"^(?:(\.LBB\w+):|\s+((?:[vs]|ds|global|buffer|flat|scratch)_\w+)[ \t]*([^;\n]*))", re.MULTILINE)
 
 
@@ -39,8 +39,8 @@ def program_of(assembly: str) -> list[Instruction]:
 def _instruction(opcode: str, operands: str, places: dict[str, int]) -> Instruction:
     return Instruction(
         kind=next((kind for kind, names in CLASSES.items() if re.fullmatch(names, opcode)), "integer"),
-        target=places[operands] if re.match(r"s_c?branch", opcode) else None,
-        goes_on=opcode not in ("s_branch", "s_endpgm"),
+        target=places.get(operands) if re.match(r"s_c?branch", opcode) else None,
+        goes_on=opcode not in ("s_branch", "s_setpc_b64", "s_endpgm"),
         multiply_adds=_multiply_adds(opcode),
     )
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 KINDS = ("tensor", "special", "sync", "memory", "control", "float", "integer")
-"""Of instructions. "control" includes the unit that computes once for a warp, "float" conversions, "integer" whatever
-is left: predicates and moves too."""
+"""Of instructions. "control" includes the unit that computes once for a warp, "float" conversions and comparisons of
+floats, "integer" whatever is left: other predicates and moves too."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Usage:
     registers: int
     """Vector registers on AMD devices."""
     spilled: int
-    """Bytes of stack; on AMD devices spilled registers and bytes of scratch memory."""
+    """Bytes of stack; on AMD devices spilled registers and bytes of scratch memory. Not counted are the scalars, once
+    for a wavefront, that AMD's compiler keeps in lanes of vector registers."""
 
 
 def tensor_loops(program: list[Instruction]) -> list[list[Instruction]]:

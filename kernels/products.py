@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ONEDNN_FROM = 1 << 20
-"""Multiplications from which one float32 product is left to oneDNN. torch.mm asks MKL, which has AVX-512 for Intel
-alone: on an EPYC core 128 x 64 x 1024 took 170 us there and 88 in oneDNN, whose calls start 10 us later."""
+"""Multiplications from which one product is left to oneDNN, as seen in float32. torch.mm asks MKL, which has AVX-512
+for Intel alone: on an EPYC core 128 x 64 x 1024 took 170 us there and 88 in oneDNN, whose calls start 10 us later."""
 PIECE = 1024
 """Rows of a product of tokens and a weight that are made at once, and used while they are in the cache: 16,484 tokens
 by 256 x 1024 and SiLU took 84 ms on two cores of an EPYC at once, by MKL, and 33 in pieces, by oneDNN."""

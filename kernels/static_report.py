@@ -24,7 +24,6 @@ from .launching import Launch
 from .machine_code import KINDS, Instruction, Usage, counts_of, tensor_loops
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
-LANES_OF_A_WARP, LANES_OF_A_WAVEFRONT = 32, 64
 NUM_PRODUCTS = {"forward": 2, "keys": 4, "queries": 3}
 """Of a tile, by kernel: the score, and what is summed from it; the backward computes scores again."""
 
@@ -89,8 +88,8 @@ class Kernel:
     name: str
     tile: str
     registers: int
+    """This and what was spilled as in Usage."""
     spilled: int
-    """Both as in Usage."""
     shared_bytes: int
     matrix_instructions: int
     """In the loops over tiles."""
@@ -103,11 +102,8 @@ class NoDevice:
 
     def __init__(self, target: str) -> None:
         is_nvidia = target.startswith("sm_")
-        self.target = (
-            GPUTarget("cuda", int(target[3:]), LANES_OF_A_WARP)
-            if is_nvidia
-            else GPUTarget("hip", target, LANES_OF_A_WAVEFRONT)
-        )
+        device = ("cuda", int(target[3:])) if is_nvidia else ("hip", target)
+        self.target = GPUTarget(*device, lanes_of(target))
 
     def get_current_device(self) -> str:
         """The target: Triton keeps what it compiled by device, this way also by target."""
@@ -120,6 +116,11 @@ class NoDevice:
     def get_current_target(self) -> GPUTarget:
         """What is compiled for."""
         return self.target
+
+
+def lanes_of(target: str) -> int:
+    """Threads of a warp, or of AMD's wavefront."""
+    return 32 if target.startswith("sm_") else 64
 
 
 def report(targets: tuple[str, ...]) -> Iterator[Kernel]:
@@ -202,7 +203,6 @@ def describe(target: str, setting: Setting, name: str, launch: Launch, compiled:
     usage, bodies = usage_of(compiled), loops_of(compiled)
     # Products of two widths are not told apart.
     has_loops = name in NUM_PRODUCTS and setting.value_width is None
-    lanes = LANES_OF_A_WARP if target.startswith("sm_") else LANES_OF_A_WAVEFRONT
     return Kernel(
         target=target,
         setting=str(setting),
@@ -212,7 +212,7 @@ def describe(target: str, setting: Setting, name: str, launch: Launch, compiled:
         spilled=usage.spilled,
         shared_bytes=compiled.metadata.shared,
         matrix_instructions=sum(counts_of(body)["tensor"] for body in bodies),
-        loops=_loops(name, launch, setting.width, lanes, bodies) if has_loops else (),
+        loops=_loops(name, launch, setting.width, lanes_of(target), bodies) if has_loops else (),
     )
 
 
@@ -225,8 +225,8 @@ def _loops(name: str, launch: Launch, width: int, lanes: int, bodies: list[list[
     for (loop_name, num_scores), body in zip(tiles, bodies, strict=False):
         multiplied = num_warps * sum(x.multiply_adds for x in body)
         done = multiplied / (num_scores * width * NUM_PRODUCTS[name])
-        # An iteration may hold several tiles; warps may also repeat each other's products, but not a whole tile's.
-        num_tiles = max(1, int(done + 0.01))
+        # ptxas unrolls: an iteration may hold several tiles. LLVM does not, and wavefronts may repeat a whole tile.
+        num_tiles = max(1, int(done + 0.01)) if lanes == 32 else 1
         factor = lanes * num_warps / (num_scores * num_tiles)
         counts = counts_of(body)
         by_kind = {kind: round(counts[kind] * factor, 2) for kind in KINDS}

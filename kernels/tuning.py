@@ -22,12 +22,15 @@ from .hstu_attention.triton_blocks import Blocks, blocks_of
 from .hstu_attention.triton_launch import MAX_REGISTERS
 from .hstu_attention.triton_padding import padded_problem
 from .hstu_attention.triton_tuned import Shape
-from .static_report import ALL_MASKS, Setting, launch_of, problem_of, usage_of
+from .static_report import ALL_MASKS, Setting, lanes_of, launch_of, problem_of, usage_of
 
 NUM_SEQUENCES, NUM_HEADS, NUM_TIME_BUCKETS = 8, 4, 128
 LEAST_GAIN = 0.02
 """Of the time, below which a difference may be chance: then the built-in tiles stay."""
-SIZES, WARPS, STAGES = (16, 32, 64, 128), (4, 8), (1, 2, 3)
+SIZES, STAGES = (16, 32, 64, 128), (1, 2, 3)
+WARPS, WAVEFRONTS = (4, 8), (2, 4, 8)
+VECTOR_REGISTERS = 512
+"""As many as a thread of an AMD device can have."""
 WIDE_SUMS = {"forward": (1, 0), "keys": (0, 2), "queries": (1, 0), "bias": (0, 0)}
 """Sums of a head's width that a kernel holds, for each row and for each key of its tile."""
 TENSOR_MEMORY_COLUMNS = 512
@@ -56,14 +59,15 @@ def shapes_of(width: int, dtype: torch.dtype) -> Iterator[Shape]:
             yield Shape(kernel, str(dtype).removeprefix("torch."), width, biased)
 
 
-def candidates_of(shape: Shape) -> list[Blocks]:
+def candidates_of(shape: Shape, target: str) -> list[Blocks]:
     """Sizes whose sums and scores leave registers for the rest; no two of them say the same."""
-    found = []
-    for rows, keys, num_warps, num_stages in product(SIZES, SIZES, WARPS, STAGES):
+    found, is_nvidia = [], target.startswith("sm_")
+    warps, most_registers = (WARPS, MAX_REGISTERS) if is_nvidia else (WAVEFRONTS, VECTOR_REGISTERS)
+    for rows, keys, num_warps, num_stages in product(SIZES, SIZES, warps, STAGES):
         per_row, per_key = WIDE_SUMS[shape.kernel]
         num_values = shape.width * (per_row * rows + per_key * keys) + TILES_OF_SCORES[shape.kernel] * rows * keys
-        num_scores = rows * keys / (32 * num_warps)
-        fits = num_values / (32 * num_warps) <= MAX_REGISTERS and num_scores >= 1
+        num_threads = lanes_of(target) * num_warps
+        fits = num_values / num_threads <= most_registers and rows * keys >= num_threads
         if fits and (rows == keys or shape.kernel != "bias"):
             found.append(Blocks(rows, keys, num_warps, num_stages))
     return found

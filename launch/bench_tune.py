@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"tiles are kept in your cache directory, but {error}; set XDG_CACHE_HOME to a folder of yours"
         ) from error
-    length = args.lengths[0] if args.lengths else LENGTH
+    length, target = args.lengths[0] if args.lengths else LENGTH, target_of(device)
     print(f"{device_name}; sequences of {length // 4} to {length} events, causal; with a bias both parts of it\n")
     for width in WIDTHS:
         for shape in tuning.shapes_of(width, getattr(torch, DTYPES[args.dtype or "bf16"])):
@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
                 choice = tuning.tune(
                     shape,
                     tuning.problem_for(shape, length, str(device)),
-                    target_of(device),
-                    candidates=tqdm(tuning.candidates_of(shape), desc=_name(shape), leave=False),
+                    target,
+                    candidates=tqdm(tuning.candidates_of(shape, target), desc=_name(shape), leave=False),
                     is_clean=tuning.compiles_cleanly,
                     seconds_of=lambda work: bench.fastest({"": work}, "cuda", SECONDS)[""],
                 )

@@ -43,12 +43,11 @@ Job = tuple[str, Setting, str]
 
 
 def shipped() -> Iterator[Job]:
-    """Each entry of the tables with all masks, targets and a scale per query, on AMD devices of half precision only;
-    and kernels for which figures are promised.
+    """Each entry of the tables with all masks, targets and a scale per query; and kernels for which figures are
+    promised.
     """
     for target in (*NVIDIA, *AMD):
-        halves = product((BF16, FP16), (False, True))
-        for dtype, biased in (*halves, *(((FP32, True),) if target in NVIDIA else ())):
+        for dtype, biased in (*product((BF16, FP16), (False, True)), (FP32, True)):
             for name, sizes in table_of(target, dtype, biased).items():
                 for width in sizes:
                     yield target, Setting(width, ALL_MASKS, True, biased, dtype), name
@@ -70,7 +69,8 @@ SAMPLE = {
     *(job for job in promised() if job[0] == "sm_90"),
     ("sm_80", Setting(64, ALL_MASKS, True), "forward"),
     ("sm_100", Setting(128, ALL_MASKS, True), "forward"),
-    ("gfx942", Setting(128), "forward"),
+    ("gfx942", Setting(128), "keys"),
+    ("gfx950", Setting(128), "queries"),
 }
 """Shipped kernels that are compiled although they are recorded."""
 
@@ -94,6 +94,7 @@ def facts_of(job: Job, launch: Launch, compiled: Any) -> dict[str, Any]:
     facts |= {"width": setting.widest, "biased": setting.biased, "dtype": str(setting.dtype).removeprefix("torch.")}
     facts |= {"masked": any(setting.rule), "scale_per_query": setting.general}
     facts["tensor_instructions"] = [instruction for instruction in TENSOR_INSTRUCTIONS if instruction in code]
+    facts["divides_exactly"] = "v_div_" in code
     facts["masked_values"] = masked_values_of(compiled.asm["ttir"])
     return facts
 

@@ -13,7 +13,7 @@ On sm_90, causal, bfloat16, the loop over full tiles issues per score (instructi
 
 The loop over tiles at the edge of the causal mask issues 9.9 and 10.7 in the forward. The gradients of heads wider than
 128 use the instructions of sm_80 on sm_90: its own take 64 keys or queries at least, which spilled 16 to 816 bytes.
-Those of gfx942 and gfx950 were chosen on gfx942, by the fewest instructions per score: docs/attention.md has them.
+Those of gfx942 and gfx950 have the fewest instructions per score when compiled for gfx942: docs/attention.md has them.
 """
 
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ AMPERE_BIASED: Table = {
     "queries": {128: Blocks(32, 32, 4, 1), 256: Blocks(32, 32, 8, 1)},
     "bias": {128: Blocks(16, 16, 4, 1), 256: Blocks(16, 16, 8, 1)},
 }
-# A wavefront multiplies 32 keys or queries of the output; fewer of them than wavefronts, and several do the same work.
+# Wavefronts share the queries of a tile, of "keys" its keys, 32 or 16 at a time: if too few, several do the same work.
 CDNA: Table = {
     "forward": {128: Blocks(128, 64, 4, 1), 256: Blocks(128, 32, 4, 1)},
     "keys": {64: Blocks(64, 128, 4, 1), 128: Blocks(32, 128, 4, 1), 256: Blocks(16, 64, 4, 1)},
@@ -92,6 +92,12 @@ FLOAT32: Table = {
     "keys": {256: Blocks(16, 16, 8, 1)},
     "queries": {64: Blocks(32, 32, 8, 1), 256: Blocks(16, 16, 8, 1)},
     "bias": {256: Blocks(16, 16, 8, 1)},
+}
+CDNA_FLOAT32: Table = {
+    "forward": {128: Blocks(128, 16, 4, 1), 256: Blocks(64, 16, 4, 1)},
+    "keys": {64: Blocks(16, 128, 4, 1), 128: Blocks(16, 64, 4, 1), 256: Blocks(16, 32, 4, 1)},
+    "queries": {64: Blocks(128, 16, 4, 1), 128: Blocks(64, 16, 4, 1), 256: Blocks(16, 16, 2, 1)},
+    "bias": {128: Blocks(64, 64, 4, 1), 256: Blocks(16, 16, 2, 1)},
 }
 # Several tiles for a few dozen events, so that tests on short sequences reach every path.
 INTERPRETED: Table = {
@@ -112,9 +118,10 @@ def table_of(target: str, dtype: torch.dtype, biased: bool) -> Table:
     """The tiles of all kernels for a device."""
     if target == INTERPRETER:
         return INTERPRETED
+    is_amd = target.startswith("gfx")
     if dtype == torch.float32:
-        return FLOAT32
-    if target.startswith("gfx"):
+        return CDNA_FLOAT32 if is_amd else FLOAT32
+    if is_amd:
         return CDNA_BIASED if biased else CDNA
     if target == "sm_90":
         return HOPPER_BIASED if biased else HOPPER

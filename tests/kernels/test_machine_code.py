@@ -1,9 +1,5 @@
 """What the static report reads from assembly."""
 
-import pytest
-
-pytest.importorskip("triton")
-
 from ultrarec.kernels import amdgcn
 from ultrarec.kernels.machine_code import counts_of, tensor_loops
 

@@ -247,12 +247,11 @@ def tanh(x, METHOD: tl.constexpr):
     """The hyperbolic tangent: by one special-function instruction to about 11 bits, or to those of float32."""
     if METHOD == "hardware":
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    divisor = 1.0 + tl.exp2(x * TWICE_LOG2_E)
-    if METHOD == "fast division":
+    elif METHOD == "fast division":
         # A division rounded correctly takes ten instructions on AMD devices; this one multiplies by v_rcp_f32.
-        return 1.0 - libdevice.fast_dividef(2.0, divisor)
+        return 1.0 - libdevice.fast_dividef(2.0, 1.0 + tl.exp2(x * TWICE_LOG2_E))
     else:
-        return 1.0 - 2.0 / divisor
+        return 1.0 - 2.0 / (1.0 + tl.exp2(x * TWICE_LOG2_E))
 
 
 @triton.jit

@@ -87,7 +87,9 @@ def test_tiles_that_the_mask_hides_are_never_read(largest_tile: int, prefix: int
         ("sm_90", torch.bfloat16, 256),
         ("sm_80", torch.bfloat16, 64),
         ("sm_100", torch.bfloat16, 128),
+        ("gfx942", torch.float32, 16),
         ("gfx942", torch.bfloat16, 64),
+        ("gfx942", torch.bfloat16, 256),
     ],
 )
 def test_the_tiles_of_every_device_are_exact(

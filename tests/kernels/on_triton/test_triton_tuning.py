@@ -92,15 +92,22 @@ def test_the_second_problem_asks_for_all_that_kernels_can_do() -> None:
     assert len(problem.scale.unique()) == len(problem.q)
 
 
-def test_candidates_fill_no_thread_and_are_square_for_the_bias_gradient() -> None:
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_candidates_fill_no_thread_and_are_square_for_the_bias_gradient(target: str) -> None:
     for width in (16, 64, 256):
         for shape in tuning.shapes_of(width, torch.bfloat16):
-            candidates = tuning.candidates_of(shape)
+            candidates = tuning.candidates_of(shape, target)
             assert candidates
             assert shape.kernel != "bias" or all(blocks.rows == blocks.keys for blocks in candidates)
+
+
+def test_candidates_leave_registers_by_the_threads_and_registers_of_the_device() -> None:
     # 64 rows of 256 columns are 128 sums for each thread of 4 warps, 128 of them 256.
-    wide = tuning.candidates_of(Shape("forward", "bfloat16", 256, False))
+    wide = tuning.candidates_of(Shape("forward", "bfloat16", 256, False), "sm_90")
     assert {blocks.rows for blocks in wide if blocks.num_warps == 4} == {16, 32, 64}
+    # AMD's wavefronts have twice as many threads, and those twice as many registers.
+    wide = tuning.candidates_of(Shape("forward", "bfloat16", 256, False), "gfx942")
+    assert {blocks.rows for blocks in wide if blocks.num_warps == 4} == {16, 32, 64, 128}
 
 
 class Clock:
