@@ -134,7 +134,7 @@ def per_position_softmax(
 ) -> Tensor:
     """As sampled_softmax, where prediction m has candidates of its own, those at `places_MP[m]` [P] int64.
 
-    As published for HSTU (arXiv 2402.17152, section 4.1, and its public recipes). What many predictions have drawn is
+    So do the public recipes of HSTU (arXiv 2402.17152). What many predictions have drawn is
     there once, and copied to them in chunks: nothing of size M x P x D exists.
     """
     queries_MD = users_MD / temperature
