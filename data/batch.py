@@ -32,7 +32,8 @@ class Batch(Pipelineable):
     ids: KeyedJaggedTensor
     """What sharded tables look up, stride B, no weights: "item" (T ids); then each feature of kind `hash` (T ids of
     events, 1 id per sample of users); then, where the loader has candidates, "positive" (M ids, only if the candidates
-    are sampled) and "candidate" (shared by the batch: all lie in the first sample's bag; none in evaluation)."""
+    are sampled) and "candidate" (shared by the batch: all lie in the first sample's bag; none in evaluation; where each
+    prediction has its own, every item among them once)."""
     offsets: Tensor
     """[B+1], where each sample's events begin and end."""
     num_targets: Tensor
@@ -65,6 +66,8 @@ class Batch(Pipelineable):
     """How evenly the step was dealt; the same on every rank."""
     numbers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """[M] float32 each, by column: ranking, what stands there at the targets; NaN where the log has nothing."""
+    negatives: Tensor | None = None
+    """[M, negatives], where each prediction has its own: the places of their items among the ids of "candidate"."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """This batch on another device, all but `samples`."""

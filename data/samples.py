@@ -176,10 +176,10 @@ class Candidates:
 
     `catalogue`: the ids 1..num_items. `sampled`: `num_negatives` uniform ids of 1..num_items, for all predictions of a
     step, and all different where there are enough items. `per_sample`: so many for each sample of the step, drawn one
-    by one.
+    by one. `per_position`: likewise for each prediction.
     """
 
-    kind: Literal["catalogue", "sampled", "per_sample"]
+    kind: Literal["catalogue", "sampled", "per_sample", "per_position"]
     num_items: int
     num_negatives: int = 0
 
@@ -203,3 +203,16 @@ class Candidates:
         """[S, num_negatives] ids for samples with these keys, whatever else is in the step."""
         draws = mix(np.arange(self.num_negatives, dtype=np.uint64) + np.uint64(_NEGATIVES << 32))
         return (uniform(sample_keys[:, None] ^ draws) * self.num_items).astype(np.int64) + 1
+
+    def ids_by_position(self, sample_keys: Bits, lengths: Integers) -> Integers:
+        """[M, num_negatives] ids for each of the `lengths[s]` predictions of samples with these keys."""
+        positions = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return self.ids_by_sample(mix(np.repeat(sample_keys, lengths) ^ mix(positions.astype(np.uint64))))
+
+    def mean_ids(self, *, samples: float, predictions: float) -> float:
+        """Ids that a rank with so many samples and predictions looks up; of `per_position` the different ones drawn."""
+        if self.kind == "catalogue":
+            return self.num_items
+        if self.kind == "per_position":
+            return self.num_items * (1 - (1 - 1 / self.num_items) ** (predictions * self.num_negatives))
+        return self.num_negatives * (samples if self.kind == "per_sample" else 1)

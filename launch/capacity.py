@@ -162,9 +162,8 @@ def _num_values(module: nn.Module) -> int:
 def _ids(config: Config, catalogue: Catalogue, work: Workload, ranks: int) -> dict[str, float]:
     """Ids that one rank looks up in a batch, by table.
 
-    Items: one per event; with sampled candidates, also one per label and each negative, on every rank or of every
-    sample; with a catalogue of candidates, all items on every rank. Hashed features: one per event, or of users one per
-    sample.
+    Items: one per event; with candidates, also these, and with sampled ones the item of each label. Hashed features:
+    one per event, or of users one per sample.
     """
     from ..embeddings.tables import ITEM_TABLE
     from ..trainer.costs import candidates_of
@@ -174,9 +173,8 @@ def _ids(config: Config, catalogue: Catalogue, work: Workload, ranks: int) -> di
     candidates = candidates_of(config.objective, catalogue.num_items)
     items = events
     if candidates is not None:
-        times = samples if candidates.kind == "per_sample" else 1
-        sampled = events + times * candidates.num_negatives
-        items += catalogue.num_items if candidates.kind == "catalogue" else sampled
+        labels = 0 if candidates.kind == "catalogue" else events
+        items += labels + candidates.mean_ids(samples=samples, predictions=events)
     hashed = {
         name: samples if feature.role == "user" else events
         for name, feature in config.data.features.items()

@@ -207,9 +207,11 @@ class ObjectiveConfig(BaseModel):
     negatives; or `bce`, which judges that item and negatives one by one, as SASRec does."""
     num_negatives: int = Field(default=1024, gt=0)
     """Next item, sampled softmax and bce: uniform negatives."""
-    negatives_shared_by: Literal["step", "sample"] = "step"
+    negatives_shared_by: Literal["step", "sample", "position"] = "step"
     """Next item: whose positions are compared with the same negatives, all of a step, which costs least, or those of
-    each sample (sampled softmax only), so that a step of few negatives still meets most of a small catalogue."""
+    each sample (sampled softmax only), so that a step of few negatives still meets most of a small catalogue. With
+    `position` (sampled softmax only) each draws its own, as HSTU's public recipes do: scores then are no matrix product
+    of many rows, and cost the most."""
     num_in_batch: int = Field(default=0, ge=0)
     """Next item, sampled softmax: so many further negatives, labels of other positions of this rank's step. They are
     items as often as these are popular; each negative's score is then corrected by how often it is expected."""
@@ -242,6 +244,11 @@ class ObjectiveConfig(BaseModel):
             raise ValueError(
                 f"objective.num_in_batch={self.num_in_batch} adds negatives to loss='sampled_softmax', and "
                 f"objective.loss={self.loss!r} would ignore them; set that loss, or num_in_batch to 0"
+            )
+        if self.negatives_shared_by == "position" and self.loss == "bce":
+            raise ValueError(
+                "objective.negatives_shared_by='position' is for loss='sampled_softmax', and objective.loss='bce'; "
+                "use 'step'"
             )
         if self.negatives_shared_by == "sample" and (self.loss == "bce" or self.num_in_batch):
             raise ValueError(

@@ -4,7 +4,8 @@ Those of the next item read what `similarity` makes of user and item vectors of 
 dot product; D is then its width. The temperature divides all scores.
 """
 
-# M = labelled predictions, C = candidates, D = embedding width, K = tasks, B = samples, N = their most predictions
+# M = labelled predictions, C = candidates, D = embedding width, K = tasks, B = samples, N = their most predictions,
+# P = candidates of a prediction
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -119,6 +120,38 @@ def per_sample_softmax(
     )
 
 
+def per_position_softmax(
+    users_MD: Tensor,
+    positives_MD: Tensor,
+    candidates_CD: Tensor,
+    *,
+    places_MP: Tensor,
+    labels_M: Tensor,
+    candidate_ids_C: Tensor,
+    temperature: float,
+    expected_counts_C: Tensor | None = None,
+    similarity: Similarity = DOT,
+) -> Tensor:
+    """As sampled_softmax, where prediction m has candidates of its own, those at `places_MP[m]` [P] int64.
+
+    So do the public recipes of HSTU (arXiv 2402.17152). What many predictions have drawn is
+    there once, and copied to them in chunks: nothing of size M x P x D exists.
+    """
+    queries_MD = users_MD / temperature
+    positive_M = similarity.pairs(queries_MD, positives_MD)
+    shift_C = None if expected_counts_C is None else -expected_counts_C.to(queries_MD.dtype).log()
+    apply = cast(Callable[..., Tensor], _GatheredSoftmax.apply)
+    with torch.autocast(queries_MD.device.type, enabled=False):
+        if similarity is DOT:
+            return apply(queries_MD, candidates_CD, positive_M, labels_M, places_MP, candidate_ids_C, shift_C)
+        loss = queries_MD.new_zeros(())
+        for chunk in _gathered_chunks(places_MP, candidates_CD):
+            own = (queries_MD[chunk], candidates_CD, positive_M[chunk], labels_M[chunk], places_MP[chunk])
+            inputs = (similarity, *own, candidate_ids_C, shift_C)
+            loss = loss + checkpoint(_gathered_entropy, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return loss
+
+
 def sampled_bce(
     users_MD: Tensor,
     positives_MD: Tensor,
@@ -195,12 +228,12 @@ def _entropy(
     positive: Tensor,
     labels: Tensor,
     candidate_ids: Tensor | None,
-    shift_C: Tensor | None,
+    shift: Tensor | None,
 ) -> Tensor:
     """`_softmax` of a chunk, any similarity's, by autograd."""
     logits = similarity.scores(queries, candidates)
-    if shift_C is not None:
-        logits = logits + shift_C
+    if shift is not None:
+        logits = logits + shift
     if candidate_ids is not None:
         logits = logits.masked_fill(labels[..., None] == candidate_ids.unsqueeze(-2), -torch.inf)
         logits = torch.cat([positive[..., None], logits], dim=-1)
@@ -246,6 +279,67 @@ class _ChunkedSoftmax(torch.autograd.Function):
         return dqueries * dloss, dcandidates * dloss, dpositive * dloss, None, None, None
 
 
+def _gathered_chunks(places_MP: Tensor, candidates_CD: Tensor) -> list[slice]:
+    """Parts of the predictions whose copies of candidates are as many values as logits elsewhere; at least one."""
+    values_per_row = places_MP.size(1) * candidates_CD.size(1)
+    rows = max(1, LOGITS_PER_CHUNK[candidates_CD.device.type] // values_per_row)
+    return [slice(begin, begin + rows) for begin in range(0, max(len(places_MP), 1), rows)]
+
+
+def _gathered_entropy(
+    similarity: Similarity,
+    queries_MD: Tensor,
+    candidates_CD: Tensor,
+    positive_M: Tensor,
+    labels_M: Tensor,
+    places_MP: Tensor,
+    candidate_ids_C: Tensor,
+    shift_C: Tensor | None,
+) -> Tensor:
+    """A chunk of `per_position_softmax` by autograd: samples of one prediction each."""
+    own = (queries_MD[:, None], candidates_CD[places_MP], positive_M[:, None], labels_M[:, None])
+    return _entropy(similarity, *own, candidate_ids_C[places_MP], _gathered_shift(shift_C, places_MP))
+
+
+def _gathered_shift(shift_C: Tensor | None, places_MP: Tensor) -> Tensor | None:
+    return None if shift_C is None else shift_C[places_MP][:, None]
+
+
+class _GatheredSoftmax(torch.autograd.Function):
+    """`per_position_softmax` of the dot product, which like `_ChunkedSoftmax` keeps gradients instead of logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries_MD: Tensor,
+        candidates_CD: Tensor,
+        positive_M: Tensor,
+        labels_M: Tensor,
+        places_MP: Tensor,
+        candidate_ids_C: Tensor,
+        shift_C: Tensor | None,
+    ) -> Tensor:
+        loss = queries_MD.new_zeros(())
+        dqueries, dpositive = torch.empty_like(queries_MD), torch.empty_like(positive_M)
+        dcandidates = torch.zeros_like(candidates_CD)
+        for chunk in _gathered_chunks(places_MP, candidates_CD):
+            places = places_MP[chunk]
+            own = (queries_MD[chunk, None], candidates_CD[places], positive_M[chunk, None], labels_M[chunk, None])
+            found = _chunk(*own, candidate_ids_C[places], _gathered_shift(shift_C, places))
+            loss += found.loss
+            dqueries[chunk], dpositive[chunk] = found.dqueries[:, 0], found.dpositive[:, 0]
+            gradients = found.weights.transpose(-1, -2) @ found.shared_queries
+            dcandidates.index_add_(0, places.flatten(), gradients.flatten(0, 1))
+        ctx.save_for_backward(dqueries, dcandidates, dpositive)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        dqueries, dcandidates, dpositive = ctx.saved_tensors
+        return dqueries * dloss, dcandidates * dloss, dpositive * dloss, None, None, None, None
+
+
 class _Chunk(NamedTuple):
     """The softmax of some rows, and its gradients; that of the candidates is weights^T @ shared_queries."""
 
@@ -262,12 +356,12 @@ def _chunk(
     positive: Tensor,
     labels: Tensor,
     candidate_ids: Tensor | None,
-    shift_C: Tensor | None,
+    shift: Tensor | None,
 ) -> _Chunk:
     counts = (labels > 0).to(queries.dtype)
     logits = queries @ candidates.transpose(-1, -2)
-    if shift_C is not None:
-        logits += shift_C
+    if shift is not None:
+        logits += shift
     if candidate_ids is not None:
         logits.masked_fill_(labels[..., None] == candidate_ids.unsqueeze(-2), -torch.inf)
     top = torch.maximum(logits.amax(dim=-1), positive)

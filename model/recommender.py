@@ -20,7 +20,15 @@ from .config import ModelConfig, ObjectiveConfig
 from .encoder import SequenceEncoder
 from .heads import RankingHead, UserVectorHead
 from .inputs import Features, features_of
-from .losses import full_softmax, multi_task_loss, normalize, per_sample_softmax, sampled_bce, sampled_softmax
+from .losses import (
+    full_softmax,
+    multi_task_loss,
+    normalize,
+    per_position_softmax,
+    per_sample_softmax,
+    sampled_bce,
+    sampled_softmax,
+)
 from .similarity import DOT, MLP, Similarity
 
 Embeddings = dict[str, Tensor]
@@ -117,7 +125,8 @@ class NextItemModel(nn.Module):
         self.similarity = similarity
         self.temperature = objective.temperature
         self.is_bce = objective.loss == "bce"
-        self.shares_negatives = objective.negatives_shared_by == "step"
+        self.negatives_shared_by = objective.negatives_shared_by
+        self.num_negatives = objective.num_negatives
         self.num_in_batch = objective.num_in_batch
         if objective.num_in_batch:
             if popularity is None:
@@ -154,8 +163,9 @@ class NextItemModel(nn.Module):
                 users_MD, candidates_CD, batch.labels, temperature=self.temperature, similarity=self.similarity
             )
         positives_MD = self.item_vectors(embeddings["positive"])
-        ids_C = batch.ids.values()[-len(candidates_CD) :]  # candidates are the last key
-        if not self.shares_negatives:
+        ids = batch.ids.values()
+        ids_C = ids[len(ids) - len(candidates_CD) :]  # candidates are the last key, and may be none
+        if self.negatives_shared_by == "sample":
             shape = (batch.num_targets.numel(), -1)
             return per_sample_softmax(
                 users_MD,
@@ -177,9 +187,22 @@ class NextItemModel(nn.Module):
                 temperature=self.temperature,
                 similarity=self.similarity,
             )
-        counts_C = None
+        counts_C, num_drawn = None, len(candidates_CD)
         if self.num_in_batch:
             candidates_CD, ids_C, counts_C = self.with_labels(candidates_CD, ids_C, positives_MD, batch.labels)
+        if batch.negatives is not None:
+            labels_MC = torch.arange(num_drawn, len(candidates_CD), device=ids_C.device).expand(len(users_MD), -1)
+            return per_position_softmax(
+                users_MD,
+                positives_MD,
+                candidates_CD,
+                places_MP=torch.cat([batch.negatives, labels_MC], dim=1),
+                labels_M=batch.labels,
+                candidate_ids_C=ids_C,
+                temperature=self.temperature,
+                expected_counts_C=counts_C,
+                similarity=self.similarity,
+            )
         return sampled_softmax(
             users_MD,
             positives_MD,
@@ -194,7 +217,7 @@ class NextItemModel(nn.Module):
     def with_labels(
         self, candidates_CD: Tensor, ids_C: Tensor, positives_MD: Tensor, labels_M: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The uniform candidates and labels of the step: vectors, ids, and how often each is expected among them.
+        """The uniform candidates and labels of the step: vectors, ids, and how often a prediction expects each.
 
         Labels are taken at even distances, so that all users of the step give some. The unknown item, which is no
         candidate, is expected infinitely often: it then counts for nothing.
@@ -203,7 +226,8 @@ class NextItemModel(nn.Module):
         places = torch.arange(num_labels, device=labels_M.device) * len(labels_M) // max(num_labels, 1)
         ids_C = torch.cat([ids_C, labels_M[places]])
         num_items = self.popularity.numel() - 1
-        expected_C = len(candidates_CD) / num_items + num_labels * self.popularity[ids_C]
+        num_uniform = self.num_negatives if self.negatives_shared_by == "position" else len(candidates_CD)
+        expected_C = num_uniform / num_items + num_labels * self.popularity[ids_C]
         expected_C = expected_C.masked_fill(ids_C == 0, torch.inf)
         return torch.cat([candidates_CD, positives_MD[places]]), ids_C, expected_C
 

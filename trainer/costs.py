@@ -12,6 +12,13 @@ from ..model.config import ObjectiveConfig
 from ..model.flops import Flops, Inputs, Sample, sample_flops
 from .config import Config
 
+_KINDS: dict[str, Literal["sampled", "per_sample", "per_position"]] = {
+    "step": "sampled",
+    "sample": "per_sample",
+    "position": "per_position",
+}
+"""Of candidates, by `objective.negatives_shared_by`."""
+
 
 def candidates_of(objective: ObjectiveConfig, num_items: int) -> Candidates | None:
     """What the next-item loss compares the next item with; None for ranking."""
@@ -19,7 +26,7 @@ def candidates_of(objective: ObjectiveConfig, num_items: int) -> Candidates | No
         return None
     if objective.loss == "full_softmax":
         return Candidates(kind="catalogue", num_items=num_items)
-    kind: Literal["sampled", "per_sample"] = "per_sample" if objective.negatives_shared_by == "sample" else "sampled"
+    kind = _KINDS[objective.negatives_shared_by]
     return Candidates(kind=kind, num_items=num_items, num_negatives=objective.num_negatives)
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from ...data.errors import UserError
 from ..arguments import positive
 from .config import ComputeStudy, QualityStudy, Study, chosen_parts, list_studies, load_study
+
+if TYPE_CHECKING:
+    from .results import Compute, Quality
 
 RESULTS_FILE = "results.json"
 TABLE_FILE = "table.md"
@@ -43,6 +48,9 @@ def run(args: argparse.Namespace) -> int:
     silence()
 
     def work() -> None:
+        if args.report and args.page and args.out is None and not out.exists():
+            _tell_again(name, study, args.page)
+            return
         if isinstance(study, QualityStudy):
             data = _dataset(study, args.data)
             if not args.report:
@@ -107,7 +115,7 @@ def _report(name: str, study: Study, out: Path, args: argparse.Namespace) -> Non
     """Results, table and pictures of what has finished, in the study's folder and on the page."""
     from . import page, pictures, results
 
-    found: results.Quality | results.Compute
+    found: Quality | Compute
     if isinstance(study, QualityStudy):
         from .runs import finished, runs_of
 
@@ -127,8 +135,33 @@ def _report(name: str, study: Study, out: Path, args: argparse.Namespace) -> Non
     (out / TABLE_FILE).write_text(page.section(found, pictures="."), encoding="utf-8")
     print((out / TABLE_FILE).read_text(encoding="utf-8"))
     if args.page is not None:
-        folder = args.page.with_suffix("")
-        results.write(found, folder / f"{name}.json")
-        pictures.draw(found, folder)
-        args.page.write_text(page.page(folder), encoding="utf-8")
-        _say(f"written: {args.page}")
+        _put_on(args.page, found)
+
+
+def _put_on(path: Path, found: Quality | Compute) -> None:
+    from . import page, pictures, results
+
+    folder = path.with_suffix("")
+    results.write(found, folder / f"{found.name}.json")
+    pictures.draw(found, folder)
+    path.write_text(page.page(folder), encoding="utf-8")
+    _say(f"written: {path}")
+
+
+def _tell_again(name: str, study: Study, path: Path) -> None:
+    """Put what a page keeps of a study on it anew, with the study's texts, pictures and published figures of now."""
+    from . import results
+
+    kept = path.with_suffix("") / f"{name}.json"
+    if not kept.exists():
+        raise UserError(f"neither studies/{name} nor {kept} is there to report; run the study, or give its --out")
+    found = results.read(kept)
+    for each in found.variants:
+        then, now = found.study.variants[each], study.variants.get(each)
+        if now is None or (then.recipe, then.set) != (now.recipe, now.set):
+            raise UserError(
+                f"{kept} was made with other settings of {each!r} than this study has now; run the study with --page"
+            )
+    if found.study.kind != study.kind:
+        raise UserError(f"{kept} is of kind={found.study.kind!r}, and {name} now of {study.kind!r}; run it with --page")
+    _put_on(path, replace(found, study=cast(Any, study)))

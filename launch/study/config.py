@@ -58,6 +58,28 @@ class Published(Part):
     metrics: dict[str, float]
 
 
+class PublishedTable(Part):
+    """Figures of others in a setting that is not the study's: a table apart, so that nobody takes its rows for ours."""
+
+    title: str
+    setting: str
+    """What differs from the study's own."""
+    source: str
+    columns: tuple[str, ...] = Field(min_length=2)
+    rows: tuple[tuple[str, ...], ...] = Field(min_length=1)
+    """As they are shown."""
+
+    @model_validator(mode="after")
+    def _rows_fill_the_columns(self) -> PublishedTable:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"row {list(row)} of {self.title!r} has {len(row)} cells for {len(self.columns)} columns; "
+                    "give one per column, '' where nothing was published"
+                )
+        return self
+
+
 class Picture(Part):
     """Quality of every variant against what it costs."""
 
@@ -84,6 +106,7 @@ class QualityStudy(Part):
     """Of the test split, in the order of columns."""
     variants: dict[Name, Variant] = Field(min_length=1)
     published: tuple[Published, ...] = ()
+    published_tables: tuple[PublishedTable, ...] = ()
     pictures: tuple[Picture, ...] = ()
 
     @property
@@ -118,6 +141,7 @@ class ComputeStudy(Part):
     """Timed steps of each variant, in turns, after one that warms up; the median counts."""
     variants: dict[Name, Variant] = Field(min_length=2, max_length=2)
     """The second is compared with the first."""
+    published_tables: tuple[PublishedTable, ...] = ()
 
     @property
     def parts(self) -> list[str]:

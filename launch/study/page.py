@@ -13,7 +13,8 @@ HEAD = """# Results
 
 `ultrarec study NAME --data DIR` tested and timed all this, and wrote this page: what has not finished does not appear.
 It also trained the models, or went on where another command had left them; a study that was stopped continues where it
-was. Rows in italics were not trained here: where their figures come from stands below the table.
+was. Rows in italics were not trained here: where their figures come from stands below the table. Tables headed as
+published were measured by others on other data, models and machines: only directions and ratios may be compared.
 
 `MFLOP` are operations of a sample by the [formulas](models.md#what-a-model-costs): in training forward and backward,
 mean over the training split; in inference forward, over the test split. CPU minutes are the processor time of all
@@ -35,6 +36,9 @@ def section(results: Quality | Compute, *, pictures: str) -> str:
     lines += _quality(results) if isinstance(results, Quality) else _compute(results)
     for name in picture_names(results):
         lines += [f"![{name.replace('_', ' ')}]({pictures}/{results.name}-{name}.svg)", ""]
+    for table in results.study.published_tables:
+        lines += [f"*Published, in another setting: {table.title}.*", table.setting.strip(), f"Source: {table.source}."]
+        lines += ["", *_table(table.columns, table.rows), ""]
     return "\n".join(lines)
 
 
@@ -74,7 +78,7 @@ def _row_of(results: Quality, name: str) -> list[str]:
         f"{runs[0].dense_parameters + runs[0].table_parameters:,}",
         _short(runs[0].train_mflop),
         _short(runs[0].inference_mflop),
-        "-" if minutes is None else f"{minutes:.1f}",
+        "-" if minutes is None else f"{minutes:.2f}",
         "-" if memory is None else f"{memory:,.0f}",
     ]
 

@@ -57,6 +57,11 @@ class Compute:
     study: ComputeStudy
     comparisons: tuple[Comparison, ...]
 
+    @property
+    def variants(self) -> list[str]:
+        """Both, in the study's order."""
+        return list(self.study.variants)
+
 
 def mean(values: Sequence[float | None]) -> float | None:
     """None as soon as one is missing: a mean over fewer would pass for one over all."""

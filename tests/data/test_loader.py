@@ -43,7 +43,9 @@ def path(histories, tmp_path_factory):
     return str(root)
 
 
-def loader(path, sampler=RANKING, *, split="train", rank=0, world_size=1, epochs=1, state=None, **config):
+def loader(
+    path, sampler=RANKING, *, split="train", rank=0, world_size=1, epochs=1, state=None, candidates=NEGATIVES, **config
+):
     sizes = config if {"batch_rows", "batch_tokens"} & config.keys() else {"batch_rows": 13, **config}
     return Loader(
         DataConfig(path=path, features=FEATURES, shuffle_row_groups=4, **sizes),
@@ -53,7 +55,7 @@ def loader(path, sampler=RANKING, *, split="train", rank=0, world_size=1, epochs
         world_size=world_size,
         epochs=epochs,
         state=state or LoaderState(),
-        candidates=NEGATIVES if sampler is NEXT_ITEM and split == "train" else None,
+        candidates=candidates if sampler is NEXT_ITEM and split == "train" else None,
     )
 
 
@@ -235,6 +237,25 @@ def test_a_loader_says_how_many_samples_and_steps_it_has(path, size):
 def test_every_step_of_every_epoch_is_compared_with_other_negatives(path):
     drawn = [tuple(batch.ids["candidate"].values().tolist()) for batch in loader(path, NEXT_ITEM, epochs=2)]
     assert len(set(drawn)) == len(drawn) > 2
+
+
+def test_negatives_of_each_position_are_the_same_on_any_number_of_ranks(path, monkeypatch):
+    of_positions = Candidates("per_position", NUM_ITEMS, 8)
+
+    def drawn(world_size):
+        found = {}
+        for step in steps(path, NEXT_ITEM, world_size=world_size, candidates=of_positions):
+            for batch in step:
+                items = batch.ids["candidate"].values()
+                assert torch.equal(items, items.unique()), "each item is looked up once"
+                assert batch.negatives.shape == (len(batch.labels), 8)
+                parts = items[batch.negatives].split(torch.diff(batch.offsets).tolist())
+                found |= zip(map(tuple, batch.samples.tolist()), (part.tolist() for part in parts), strict=False)
+        return found
+
+    alone = drawn(1)
+    assert alone == drawn(3)
+    assert {item for rows in alone.values() for row in rows for item in row} == set(range(1, NUM_ITEMS + 1))
 
 
 @pytest.mark.parametrize("size", [*SIZES, {"batch_rows": 10**6}])

@@ -139,6 +139,27 @@ def test_candidates_of_a_sample_are_uniform_items_that_depend_on_its_key_only():
     np.testing.assert_array_equal(candidates.ids_by_sample(np.array([33, 4], np.uint64)), ids[[33, 4]])
 
 
+def test_candidates_of_a_prediction_are_uniform_items_that_depend_on_its_sample_and_place_only():
+    candidates = Candidates("per_position", 7, 50)
+    lengths = np.array([13, 0, 400, 1])
+    keys = np.arange(4, dtype=np.uint64)
+    ids = candidates.ids_by_position(keys, lengths)
+    assert ids.shape == (414, 50)
+    shares = np.bincount(ids.ravel(), minlength=8) / ids.size
+    # 20,700 draws: the share of an item varies by 0.0025 around 1 / 7.
+    np.testing.assert_allclose(shares, [0, *[1 / 7] * 7], atol=0.0125)
+    assert len(np.unique(ids, axis=0)) == 414
+    np.testing.assert_array_equal(candidates.ids_by_position(keys[[3, 0]], np.array([1, 5])), ids[[413, *range(5)]])
+    assert candidates.ids_by_position(keys[:0], lengths[:0]).shape == (0, 50)
+
+
+def test_the_number_of_items_that_predictions_draw_is_known_on_average():
+    candidates = Candidates("per_position", 500, 8)
+    drawn = candidates.ids_by_position(np.arange(60, dtype=np.uint64), np.full(60, 2))
+    assert candidates.mean_ids(samples=60, predictions=120) == pytest.approx(len(np.unique(drawn)), rel=0.05)
+    assert candidates.mean_ids(samples=1, predictions=10**6) == pytest.approx(500)
+
+
 @pytest.mark.parametrize(("kind", "num_negatives"), [("sampled", 0), ("per_sample", 0), ("catalogue", 5)])
 def test_candidates_refuse_a_number_that_their_kind_cannot_use(kind, num_negatives):
     with pytest.raises(ValueError, match=f"num_negatives={num_negatives} with kind='{kind}'"):

@@ -47,6 +47,13 @@ label = "of others"
 source = "a paper"
 metrics = {{ "mrr" = 0.25 }}
 
+[[published_tables]]
+title = "a larger log"
+setting = "Twice the events."
+source = "another paper"
+columns = ["model", "mrr", "cost"]
+rows = [["of a paper", "0.35", "3 TFLOP"], ["of another", "0.45", ""]]
+
 [[pictures]]
 name = "rank"
 x = "train_mflop"
@@ -148,7 +155,36 @@ def test_the_page_has_what_has_finished_beside_what_others_published(out, datase
     assert "- *of others*: a paper" in written
     assert "the second" not in written
     assert (dataset.parent / "docs" / "results" / "small-rank.svg").is_file()
+    assert "*Published, in another setting: a larger log.*\nTwice the events.\nSource: another paper.\n" in written
+    assert "| model | mrr | cost |\n| --- | ---: | ---: |\n| of a paper | 0.35 | 3 TFLOP |\n" in written
+    assert "\n| of another | 0.45 |  |\n" in written
     assert written == page.page(dataset.parent / "docs" / "results")
+
+
+def test_what_a_page_keeps_is_told_anew_without_runs_or_data(out, study, dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(dataset.parent / "docs" / "results", tmp_path / "docs" / "results")
+    changed = tmp_path / "small.toml"
+    changed.write_text(study.read_text().replace("Nothing to learn here.", "Little to learn here."))
+    argv = ["study", str(changed), "--report", "--page", "docs/results.md"]
+    assert cli.main(argv) == 0
+    before = (dataset.parent / "docs" / "results.md").read_text()
+    told = Path("docs/results.md").read_text()
+    assert told == before.replace("Nothing to learn here.", "Little to learn here.") != before
+    changed.write_text(study.read_text().replace("data.batch_rows=20", "data.batch_rows=30"))
+    assert cli.main(argv) == 2
+    assert "was made with other settings of 'one' than this study has now" in capsys.readouterr().err
+    assert Path("docs/results.md").read_text() == told
+    shutil.rmtree("docs/results")
+    assert cli.main(argv) == 2
+    assert "is there to report; run the study, or give its --out" in capsys.readouterr().err
+
+
+def test_a_published_row_that_lacks_a_cell_is_refused(study, dataset, tmp_path, capsys):
+    changed = tmp_path / "small.toml"
+    changed.write_text(study.read_text().replace('["of another", "0.45", ""]', '["of another", "0.45"]'))
+    assert cli.main(["study", str(changed), "--data", str(dataset), "--out", str(tmp_path / "out")]) == 2
+    assert "has 2 cells for 3 columns; give one per column" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("setting", "value"), [("data.batch_rows=20", 30), ("checkpoint.keep_best=1", 2)])

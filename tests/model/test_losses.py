@@ -5,11 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ultrarec.model import losses
+from ultrarec.model import losses, similarity
 from ultrarec.model.losses import (
     full_softmax,
     multi_task_loss,
     normalize,
+    per_position_softmax,
     per_sample_softmax,
     sampled_bce,
     sampled_softmax,
@@ -95,6 +96,78 @@ def test_with_candidates_of_its_own_each_sample_is_a_sampled_softmax():
     )
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
     assert_same_gradients(got, expected, {"users": users, "positives": positives, "candidates": candidates})
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("by", ["dot", "mlp"])
+@pytest.mark.parametrize("is_corrected", [False, True], ids=["uniform", "corrected"])
+def test_with_candidates_of_its_own_each_position_is_a_sampled_softmax(is_corrected, by):
+    torch.manual_seed(5)
+    mlp = similarity.MLP(width=D, hidden=4, temperature=0.2).double() if by == "mlp" else None
+    users, positives, candidates, label = vectors(M, 1), vectors(M, 2), vectors(C, 3), labels()
+    ids = torch.tensor([3, 5, 5, 20, 21, 22, 23, 1, 9, 10, 3])
+    places = torch.randint(0, C, (M, 7), generator=torch.Generator().manual_seed(4))
+    counts = torch.linspace(0.1, 2, C, dtype=torch.float64) if is_corrected else None
+    inputs = {"users": users, "positives": positives, "candidates": candidates}
+    if mlp is not None:
+        torch.nn.init.normal_(mlp.output.weight)
+        inputs |= dict(mlp.named_parameters())
+
+    def score(user, item):
+        if mlp is None:
+            return user @ item / 0.2
+        hidden = (mlp.hidden.weight @ torch.cat([user, item]) + mlp.hidden.bias).relu()
+        return ((mlp.product * user) @ item + mlp.output.weight[0] @ hidden) / 0.2
+
+    expected = users.new_zeros(())
+    for m in range(M):
+        if label[m] == 0:
+            continue
+        total = (own := score(users[m], positives[m]).exp())
+        for c in places[m].tolist():
+            if ids[c] != label[m]:
+                total = total + score(users[m], candidates[c]).exp() / (1 if counts is None else counts[c])
+        expected = expected + (total / own).log()
+    read = losses.DOT if mlp is None else mlp
+    got = per_position_softmax(
+        read.queries(users),
+        read.items(positives),
+        read.items(candidates),
+        places_MP=places,
+        labels_M=label,
+        candidate_ids_C=ids,
+        temperature=0.2,
+        expected_counts_C=counts,
+        similarity=read,
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    assert_same_gradients(3 * got, 3 * expected, inputs)
+
+
+def test_candidates_of_positions_are_copied_in_chunks_and_none_is_a_loss_of_zero(monkeypatch):
+    copied = []
+    index = torch.Tensor.__getitem__
+
+    def watched(self, places):
+        out = index(self, places)
+        copied.append(out.numel())
+        return out
+
+    users, candidates = vectors(M, 1), vectors(C, 3)
+    given = {"candidate_ids_C": torch.arange(1, C + 1), "temperature": 0.1}
+    places = torch.arange(5).expand(M, 5)
+    monkeypatch.setitem(losses.LOGITS_PER_CHUNK, "cpu", 3 * 5 * D)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__getitem__", watched)
+        per_position_softmax(users, vectors(M, 2), candidates, places_MP=places, labels_M=labels(), **given)
+    assert 0 < max(copied) <= 3 * 5 * D
+    none, places = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 5, dtype=torch.int64)
+    users, positives = vectors(0, 1), vectors(0, 2)
+    loss = per_position_softmax(users, positives, candidates, places_MP=places, labels_M=none, **given)
+    loss.backward()
+    assert loss == 0
+    assert users.grad.shape == positives.grad.shape == (0, D)
+    assert torch.equal(candidates.grad, torch.zeros(C, D, dtype=torch.float64))
 
 
 @pytest.mark.usefixtures("chunk")

@@ -230,9 +230,17 @@ def test_next_item_is_the_formula_with_its_gradients(
     assert_same_gradients(loss, expected, all_inputs(model, rows))
 
 
-def test_labels_of_the_step_join_the_negatives_corrected_by_their_popularity(actions, walks, collate, tables):
+@pytest.mark.parametrize("by", ["step", "position"])
+def test_labels_of_the_step_join_the_negatives_corrected_by_their_popularity(by, actions, walks, collate, tables):
     torch.manual_seed(0)
-    objective = ObjectiveConfig(kind="next_item", loss="sampled_softmax", temperature=0.5, num_in_batch=6)
+    objective = ObjectiveConfig(
+        kind="next_item",
+        loss="sampled_softmax",
+        temperature=0.5,
+        num_in_batch=6,
+        num_negatives=3 if by == "step" else 2,
+        negatives_shared_by=by,
+    )
     popularity = torch.rand(31, dtype=torch.float64)
     popularity = popularity.index_fill(0, torch.tensor([0]), 0) / popularity[1:].sum()
     model = build_model(
@@ -248,6 +256,9 @@ def test_labels_of_the_step_join_the_negatives_corrected_by_their_popularity(act
     rows, uniform = tables(E), torch.tensor([3, 9, 17])
     batch = collate(walks, uniform, sampled=True)
     batch.labels[4] = 0  # the unknown item, which stands at one of the places that are drawn
+    places = torch.arange(3).expand(len(batch.labels), 3)
+    if by == "position":
+        places = batch.negatives = torch.randint(0, 3, (len(batch.labels), 2))
     loss, outputs = model(batch, rows.look_up(batch))
     labels = batch.labels.tolist()
     drawn = [labels[k * len(labels) // 6] for k in range(6)]
@@ -255,13 +266,13 @@ def test_labels_of_the_step_join_the_negatives_corrected_by_their_popularity(act
     items = F.normalize(rows.item, dim=1)
     positives = items[batch.ids["positive"].values()]
     expected = torch.zeros((), dtype=torch.float64)
-    for vector, positive, label in zip(outputs.user_vectors, positives, labels, strict=True):
+    for vector, positive, label, row in zip(outputs.user_vectors, positives, labels, places, strict=True):
         if label == 0:
             continue
         total = (own := (vector @ positive / 0.5).exp())
-        for item in [*uniform.tolist(), *drawn]:
+        for item in [*uniform[row].tolist(), *drawn]:
             if item not in (label, 0):
-                total = total + (vector @ items[item] / 0.5).exp() / (3 / 30 + 6 * popularity[item])
+                total = total + (vector @ items[item] / 0.5).exp() / (len(row) / 30 + 6 * popularity[item])
         expected = expected + (total / own).log()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
 

@@ -195,6 +195,11 @@ def test_a_bad_setting_is_named_with_value_and_remedy(recipe, override, expected
             "objective.loss='bce', objective.num_in_batch=0; use 'step'",
         ),
         (
+            ["objective.loss=bce", "objective.negatives_shared_by=position"],
+            "objective.negatives_shared_by='position' is for loss='sampled_softmax', and objective.loss='bce'; "
+            "use 'step'",
+        ),
+        (
             ["embeddings.sharding.item=data_parallel", "embeddings.optimizer.kind=adam"],
             "embeddings.sharding places ['item'] data_parallel, where embeddings.optimizer.kind='adam' is none of the "
             "optimizers; choose 'adamw' or 'rowwise_adagrad', or another placement",

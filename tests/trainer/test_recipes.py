@@ -66,10 +66,14 @@ def test_every_recipe_trains_a_step_when_it_is_made_small(info, tmp_path):
     runs = [(made_small(load_config(name), info.root), tmp_path / name) for name in list_recipes()]
     # The losses that no recipe of a published configuration has.
     sasrec = made_small(load_config("sasrec_ml1m"), info.root)
-    for loss, num_in_batch in (("bce", 0), ("sampled_softmax", 8)):
-        changes = {"loss": loss, "num_in_batch": num_in_batch, "negatives_shared_by": "step"}
+    for loss, num_in_batch, by in (
+        ("bce", 0, "step"),
+        ("sampled_softmax", 8, "step"),
+        ("sampled_softmax", 8, "position"),
+    ):
+        changes = {"loss": loss, "num_in_batch": num_in_batch, "negatives_shared_by": by}
         objective = sasrec.objective.model_copy(update=changes)
-        runs.append((sasrec.model_copy(update={"objective": objective}), tmp_path / loss))
+        runs.append((sasrec.model_copy(update={"objective": objective}), tmp_path / f"{loss}-{by}"))
     run_ranks(train_on_ranks, runs, world_size=1)
     for _, out in runs:
         first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
