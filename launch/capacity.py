@@ -82,6 +82,9 @@ class Estimate:
     """Bytes in all if each sample were as long as the settings allow; None as above."""
     memory_limit: float
     flops: float
+    is_at_most: bool
+    """Whether operations and activations are those of channels that select every event: lengths are known, not actions.
+    """
     communication: dict[str, float]
     """Bytes that the busiest rank sends, by what they are."""
     seconds: dict[str, float]
@@ -146,6 +149,7 @@ def estimate(config: Config, catalogue: Catalogue, *, nodes: int, procs: int, de
         longest=_longest(config, work, memory, ranks=ranks),
         memory_limit=USABLE * device.memory_bytes,
         flops=flops,
+        is_at_most=bool(config.model.channels),
         communication=traffic,
         seconds={
             "compute": flops / device.flops(config.trainer.precision),

@@ -127,7 +127,7 @@ def _lines(planned: Estimate) -> list[str]:
         "sent by the busiest rank in a step, MB",
         *(f"  {name:<22}{num_bytes / 1e6:>12.3f}" for name, num_bytes in planned.communication.items()),
         "",
-        f"operations per rank and step: {planned.flops / 1e12:,.4g} TFLOP",
+        f"operations per rank and step: {'at most ' if planned.is_at_most else ''}{planned.flops / 1e12:,.4g} TFLOP",
         "a step takes at least, ms",
         *(f"  {name:<22}{1e3 * seconds:>12.3f}" for name, seconds in planned.seconds.items()),
         f"limit: {planned.limit}",

@@ -58,6 +58,9 @@ class Sample:
     targets: Count = 0
     tokens_per_event: int = 1
     """How many tokens of the history an event is."""
+    chosen: tuple[Count, ...] = ()
+    """Events of the history that each of `model.channels` selects, however many of them it then reads; without them
+    every channel selects all, which is the most that they can cost."""
 
     @property
     def tokens(self) -> Count:
@@ -67,6 +70,12 @@ class Sample:
     def newest(self, num_events: int) -> Sample:
         """This sample cut to the newest `num_events` events of its history."""
         return dataclasses.replace(self, history=np.minimum(self.history, num_events * self.tokens_per_event))
+
+    def of_channel(self, number: int) -> Sample:
+        """This sample with the events that a channel selects only."""
+        if not self.chosen:
+            return self
+        return dataclasses.replace(self, history=self.chosen[number] * self.tokens_per_event, chosen=())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,18 +162,18 @@ def _hstu(config: ModelConfig, sample: Sample, limits: Limits) -> Flops:
 
 
 def _mixture(config: ModelConfig, sample: Sample, limits: Limits) -> Flops:
-    """Every channel full; a sample with fewer events of a channel costs less."""
     total = matmul(sample.targets, len(config.channels) * config.width, config.width)
-    for stack, num_events in _stacks(config):
-        total += _hstu(stack, sample.newest(num_events), limits)
+    for stack, of_channel in _stacks(config, sample):
+        total += _hstu(stack, of_channel, limits)
     return total
 
 
-def _stacks(config: ModelConfig) -> Iterator[tuple[ModelConfig, int]]:
-    """Of every channel, its stack and the events that it may read."""
-    for channel in config.channels.values():
+def _stacks(config: ModelConfig, sample: Sample) -> Iterator[tuple[ModelConfig, Sample]]:
+    """Of every channel, its stack and what it reads of a sample."""
+    for number, channel in enumerate(config.channels.values()):
         layers = config.num_layers if channel.num_layers is None else channel.num_layers
-        yield config.model_copy(update={"channels": {}, "num_layers": layers}), channel.num_events
+        stack = config.model_copy(update={"channels": {}, "num_layers": layers})
+        yield stack, sample.of_channel(number).newest(channel.num_events)
 
 
 def _hstu_layer(config: ModelConfig, sample: Sample, mask: AttentionMask) -> Flops:
@@ -295,12 +304,12 @@ def _similarity_by_mlp(objective: ObjectiveConfig, sample: Sample, inputs: Input
 
 
 def hstu_activation_bytes(config: ModelConfig, sample: Sample, *, bytes_per_value: int = 4) -> Count:
-    """What HSTU's layers keep of one sample for the backward pass, in bytes; of channels, each as many as it may read.
+    """What HSTU's layers keep of one sample for the backward pass, in bytes.
 
     The residual stream is float32; u, v, q, k and the attention are of `bytes_per_value` (2 under bfloat16).
     """
     if config.channels:
-        stacks = [(stack, sample.newest(num_events)) for stack, num_events in _stacks(config)]
+        stacks = _stacks(config, sample)
         return sum(hstu_activation_bytes(*each, bytes_per_value=bytes_per_value) for each in stacks)
     sample = in_tokens(config, sample)
     lengths = sample.tokens * config.num_layers
