@@ -74,10 +74,14 @@ class Workload:
 
 
 def workload_of(config: Config, catalogue: Catalogue) -> Workload:
-    """Cut the users' histories as training does; a step holds what `data.batch_*` says, of the mean sample."""
+    """Cut the users' histories as training does; a step holds what `data.batch_*` says, of the mean sample.
+
+    Under stochastic length a sample is two kinds, whole and cut, each as likely as the loader has it.
+    """
     import numpy as np
 
     from ..data.cost import UNITS_PER_TOKEN
+    from ..data.loader import stochastic_length_of
     from ..data.samples import RowCounts
     from ..trainer.build import sampler_of
     from ..trainer.costs import cost_model_of
@@ -94,6 +98,11 @@ def workload_of(config: Config, catalogue: Catalogue) -> Workload:
     targets = sampler.num_targets(slices)
     history = sampler.num_tokens(slices) - targets
     share = catalogue.users[kinds] / catalogue.users[kinds].sum()
+    if (stochastic_length := stochastic_length_of(config.data, sampler)) is not None:
+        whole = stochastic_length.probabilities(history)
+        share = np.concatenate([share * whole, share * (1 - whole)])
+        history = np.concatenate([history, np.minimum(history, stochastic_length.threshold)])
+        history, targets, share = (each[share > 0] for each in (history, np.tile(targets, 2), share))
     if config.data.batch_rows is not None:
         samples = float(config.data.batch_rows)
     elif config.data.batch_tokens is not None:

@@ -1,6 +1,7 @@
 """`ultrarec plan` against figures computed by hand."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -15,6 +16,7 @@ from ultrarec.launch import cli
 from ultrarec.launch.workload import Catalogue, catalogue_of, workload_of
 from ultrarec.trainer.build import build_loader, load_dataset
 from ultrarec.trainer.config import load_config
+from ultrarec.trainer.costs import samples_flops
 from ultrarec.trainer.parallel import World
 
 ITEMS = 1_000_000
@@ -94,6 +96,14 @@ def test_a_table_too_large_for_the_gpus_ends_with_1_and_says_so(capsys, items, w
     assert plan_json(capsys, *argv)["fits"] is False
 
 
+def test_channels_whose_events_are_not_known_cost_at_most_so_much(capsys):
+    argv = (*KUAIRAND, "--set", "model.channels={clicks = {actions = ['is_click'], num_events = 500}}")
+    _, printed = plan(capsys, *argv)
+    assert "operations per rank and step: at most " in printed.out
+    assert plan_json(capsys, *argv)["is_at_most"]
+    assert "at most" not in plan(capsys, *KUAIRAND)[1].out
+
+
 def test_activations_that_do_not_fit_end_with_1(capsys):
     code, printed = plan(capsys, *KUAIRAND, "--set", "data.batch_tokens=100000000")
     assert code == 1
@@ -118,15 +128,50 @@ def test_what_the_user_can_mend_is_one_message(capsys, argv, message):
     assert message in printed.err
 
 
-def test_a_prepared_dataset_gives_about_the_samples_that_training_reads(dataset):
-    config = config_of(dataset, "ranking", "data.targets_per_sample=3")
-    info, counter = load_dataset(config), LengthCounter()
+def catalogue_in(dataset, info):
+    counter = LengthCounter()
     for path in dataset.glob("histories/*.parquet"):
         counter.add(pq.read_table(path, columns=["num_events"])["num_events"].to_numpy())
-    work = workload_of(config, catalogue_of(dataclasses.replace(info, lengths=counter.summary())))
+    return catalogue_of(dataclasses.replace(info, lengths=counter.summary()))
+
+
+def test_a_prepared_dataset_gives_about_the_samples_that_training_reads(dataset):
+    config = config_of(dataset, "ranking", "data.targets_per_sample=3")
+    info = load_dataset(config)
+    work = workload_of(config, catalogue_in(dataset, info))
     batches = list(build_loader(config, info, World(0, 1, torch.device("cpu")), split="train"))
     read = sum(batch.timestamps.numel() for batch in batches) / sum(len(batch.samples) for batch in batches)
     assert work.mean(work.history + work.targets) == pytest.approx(read, rel=0.1)
+
+
+def test_stochastic_length_gives_the_samples_operations_and_steps_that_training_reads_on_average(dataset):
+    config = config_of(
+        dataset,
+        "full_softmax",
+        "data.train_targets=all",
+        "data.stochastic_length={alpha = 1.2, balanced = false}",
+        "data.batch_rows=",
+        "data.batch_tokens=60",
+        "trainer.epochs=40",
+    )
+    info = load_dataset(config)
+    num_train = np.concatenate([pq.read_table(p)["num_train"].to_numpy() for p in dataset.glob("histories/*.parquet")])
+    catalogue = Catalogue(num_items=45, actions=(), lengths=num_train, users=np.ones(len(num_train)))
+    work = workload_of(config, catalogue)
+
+    def operations(history):
+        targets = np.zeros_like(history)
+        return samples_flops(config, history=history, targets=targets, num_items=45, num_actions=2).train
+
+    batches = list(build_loader(config, info, World(0, 1, torch.device("cpu")), split="train"))
+    read = np.concatenate([batch.offsets.diff().numpy() for batch in batches])
+    for planned, amount in ((work.history, read), (operations(work.history), operations(read))):
+        deviation = (work.mean(planned**2) - work.mean(planned) ** 2) ** 0.5
+        # Four standard errors of the mean of what training drew.
+        assert abs(amount.mean() - work.mean(planned)) <= 4 * deviation / len(read) ** 0.5
+    full = [len(batch.samples) for batch, after in itertools.pairwise(batches) if batch.epoch == after.epoch]
+    # A step ends before the sample that would overfill it.
+    assert 0 <= work.samples - np.mean(full) <= 1
 
 
 def test_a_dataset_of_an_older_version_is_told_what_it_lacks(dataset, capsys):
