@@ -118,9 +118,7 @@ def _lines(planned: Estimate) -> list[str]:
         *(f"  {name:<22}{num_bytes / 2**30:>12.3f}" for name, num_bytes in planned.memory.items()),
         f"  {'in all':<22}{sum(planned.memory.values()) / 2**30:>12.3f}  of {planned.memory_limit / 2**30:.1f} usable",
     ]
-    if planned.longest is None:
-        lines.append("  without activations: this backbone has no formula for them")
-    elif planned.longest > planned.memory_limit:
+    if planned.longest > planned.memory_limit:
         lines.append(f"  {'longest samples only':<22}{planned.longest / 2**30:>12.3f}  would not fit")
     lines += [
         "",

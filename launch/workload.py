@@ -72,6 +72,16 @@ class Workload:
         """Of [K] values per sample."""
         return float((self.share * values).sum())
 
+    def longest_of(self, samples: float) -> tuple[int, int]:
+        """Events of the history, and targets, of the longest of so many samples drawn by their shares, on average."""
+        import numpy as np
+
+        tokens, most_targets = self.history + self.targets, int(self.targets.max())
+        order = np.argsort(tokens)
+        all_at_most = np.cumsum(self.share[order]) ** max(samples, 1.0)
+        longest = float((np.diff(all_at_most, prepend=0.0) * tokens[order]).sum())
+        return max(round(longest) - most_targets, 0), most_targets
+
 
 def workload_of(config: Config, catalogue: Catalogue) -> Workload:
     """Cut the users' histories as training does; a step holds what `data.batch_*` says, of the mean sample.

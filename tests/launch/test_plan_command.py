@@ -13,7 +13,10 @@ from small_runs import config_of, make_dataset
 
 from ultrarec.data.preparation.statistics import LengthCounter
 from ultrarec.launch import cli
-from ultrarec.launch.workload import Catalogue, catalogue_of, workload_of
+from ultrarec.launch.capacity import _activations
+from ultrarec.launch.workload import Catalogue, Workload, catalogue_of, workload_of
+from ultrarec.model.activations import activation_bytes
+from ultrarec.model.flops import Sample
 from ultrarec.trainer.build import build_loader, load_dataset
 from ultrarec.trainer.config import load_config
 from ultrarec.trainer.costs import samples_flops
@@ -58,7 +61,6 @@ def test_dense_parameters_are_those_counted_by_hand(capsys):
     norms, attention, feed_forward = 2 * 2 * width, 4 * width * (width + 1), 2 * width * (width + 1)
     assert planned["dense_parameters"] == 2 * (norms + attention + feed_forward) + 200 * width
     assert planned["communication"]["dense gradients"] == 0
-    assert "activations" not in planned["memory"]
 
 
 def test_the_owner_of_a_whole_table_sends_for_all(capsys):
@@ -179,6 +181,33 @@ def test_a_dataset_of_an_older_version_is_told_what_it_lacks(dataset, capsys):
     code, printed = plan(capsys, str(dataset.parent / "ranking.toml"), "--gpu", "h100", "--set", "data.batch_rows=24")
     assert code == 2
     assert "before datasets held their lengths" in printed.err
+
+
+def test_the_longest_of_several_samples_is_what_draws_of_so_many_have_on_average():
+    tokens, share = np.array([40, 10, 26]), np.array([0.1, 0.6, 0.3])
+    work = Workload(history=tokens - 2, targets=np.array([2, 2, 2]), share=share, samples=6.0)
+    draws = np.random.default_rng(0).choice(tokens, size=(40_000, 3), p=share).max(axis=1)
+    history, targets = work.longest_of(3)
+    # Half an event of rounding, and four standard errors.
+    assert abs(history + targets - draws.mean()) <= 0.5 + 4 * draws.std() / 200
+    assert work.longest_of(1) == (round(0.1 * 40 + 0.6 * 10 + 0.3 * 26) - 2, 2)
+
+
+@pytest.mark.parametrize("backbone", ["sasrec", "llama", "fuxi_alpha"])
+def test_a_padded_backbone_keeps_more_the_longer_the_samples_beside_a_short_one(backbone):
+    config = load_config("sasrec_ml1m", [f"model.backbone={backbone}"])
+    kept = []
+    for longest in (20, 40):
+        work = Workload(
+            history=np.array([10, longest]), targets=np.zeros(2, np.int64), share=np.array([0.5, 0.5]), samples=64.0
+        )
+        kept.append(_activations(config, work, samples=64.0)["activations"])
+    sample_of_20, sample_of_40, short = (
+        activation_bytes(config.model, Sample(history=length), longest=Sample(history=padded))
+        for length, padded in ((20, 20), (40, 40), (10, 20))
+    )
+    assert kept[0] == pytest.approx(32 * (short + sample_of_20))
+    assert kept[1] > 32 * (short + sample_of_40)
 
 
 def test_operations_are_the_mean_over_lengths_not_those_of_the_mean_length():
