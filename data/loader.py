@@ -76,7 +76,7 @@ class Loader:
             bad_data=config.bad_data,
             numbers=numbers,
         )
-        stochastic_length = _stochastic_length(config, sampler) if split == "train" else None
+        stochastic_length = stochastic_length_of(config, sampler) if split == "train" else None
         self._order = _order(config, sampler, split, self._reader, cost_model, stochastic_length)
         self._collator = Collator(
             sampler,
@@ -251,7 +251,8 @@ class _Shelf:
         return [(share.step.epoch, window, group) for window, group in pairs]
 
 
-def _stochastic_length(config: DataConfig, sampler: Sampler) -> StochasticLength | None:
+def stochastic_length_of(config: DataConfig, sampler: Sampler) -> StochasticLength | None:
+    """What cuts the histories of training samples; None if nothing does."""
     if config.stochastic_length is None:
         return None
     return StochasticLength(max_history=sampler.max_history, seed=config.seed, **config.stochastic_length.model_dump())

@@ -77,11 +77,14 @@ class Estimate:
     dense_parameters: int
     tables: list[Table]
     memory: dict[str, float]
-    """Bytes by what they hold; `activations` is missing for backbones without a formula."""
-    longest: float | None
-    """Bytes in all if each sample were as long as the settings allow; None as above."""
+    """Bytes by what they hold."""
+    longest: float
+    """Bytes in all if every sample were as long as the longest of the data."""
     memory_limit: float
     flops: float
+    is_at_most: bool
+    """Whether operations and activations are those of channels that select every event: lengths are known, not actions.
+    """
     communication: dict[str, float]
     """Bytes that the busiest rank sends, by what they are."""
     seconds: dict[str, float]
@@ -146,6 +149,7 @@ def estimate(config: Config, catalogue: Catalogue, *, nodes: int, procs: int, de
         longest=_longest(config, work, memory, ranks=ranks),
         memory_limit=USABLE * device.memory_bytes,
         flops=flops,
+        is_at_most=bool(config.model.channels),
         communication=traffic,
         seconds={
             "compute": flops / device.flops(config.trainer.precision),
@@ -263,18 +267,24 @@ def _table_bytes(config: Config, tables: list[Table], rank: int) -> tuple[float,
 
 
 def _activations(config: Config, work: Workload, *, samples: float) -> dict[str, float]:
-    """What the forward pass keeps of so many samples, in bytes: HSTU's layers and the MLPs that make tokens.
+    """What the forward pass keeps of so many samples, in bytes: the backbone and the MLPs that make tokens.
 
-    The MLPs of an event, content and action, keep their inputs, hidden values before and after the activation, and
-    outputs, in float32. Heads and norms of the ends are left out. Other backbones have no formula.
+    Backbones that pad a rank's samples pad them to the longest that so many have on average. The MLPs of an event,
+    content and action, keep their inputs, hidden values before and after the activation, and outputs, in float32. Heads
+    and norms of the ends are left out.
     """
-    from ..model.flops import Sample, hstu_activation_bytes
+    from ..model.activations import activation_bytes
+    from ..model.flops import Sample
 
-    if config.model.backbone != "hstu":
-        return {}
     roles = [feature.role for feature in config.data.features.values()]
-    sample = Sample(contextual=roles.count("user"), history=work.history, targets=work.targets)
-    layers = hstu_activation_bytes(config.model, sample, bytes_per_value=2 if config.trainer.precision == "bf16" else 4)
+    contextual = roles.count("user")
+    history, targets = work.longest_of(samples)
+    layers = activation_bytes(
+        config.model,
+        Sample(contextual=contextual, history=work.history, targets=work.targets),
+        longest=Sample(contextual=contextual, history=history, targets=targets),
+        bytes_per_value=2 if config.trainer.precision == "bf16" else 4,
+    )
     activations = {"activations": samples * work.mean(layers)}
     if config.model.token_hidden is not None:
         inputs = config.embeddings.dim * (1 + len(roles) - roles.count("user"))
@@ -283,10 +293,8 @@ def _activations(config: Config, work: Workload, *, samples: float) -> dict[str,
     return activations
 
 
-def _longest(config: Config, work: Workload, memory: dict[str, float], *, ranks: int) -> float | None:
-    """Bytes in all if every sample were as long as the longest of the data; None without a formula."""
-    if "activations" not in memory:
-        return None
+def _longest(config: Config, work: Workload, memory: dict[str, float], *, ranks: int) -> float:
+    """Bytes in all if every sample were as long as the longest of the data."""
     tokens = work.history + work.targets
     longest = tokens == tokens.max()
     share = longest / longest.sum()

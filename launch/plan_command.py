@@ -118,16 +118,14 @@ def _lines(planned: Estimate) -> list[str]:
         *(f"  {name:<22}{num_bytes / 2**30:>12.3f}" for name, num_bytes in planned.memory.items()),
         f"  {'in all':<22}{sum(planned.memory.values()) / 2**30:>12.3f}  of {planned.memory_limit / 2**30:.1f} usable",
     ]
-    if planned.longest is None:
-        lines.append("  without activations: this backbone has no formula for them")
-    elif planned.longest > planned.memory_limit:
+    if planned.longest > planned.memory_limit:
         lines.append(f"  {'longest samples only':<22}{planned.longest / 2**30:>12.3f}  would not fit")
     lines += [
         "",
         "sent by the busiest rank in a step, MB",
         *(f"  {name:<22}{num_bytes / 1e6:>12.3f}" for name, num_bytes in planned.communication.items()),
         "",
-        f"operations per rank and step: {planned.flops / 1e12:,.4g} TFLOP",
+        f"operations per rank and step: {'at most ' if planned.is_at_most else ''}{planned.flops / 1e12:,.4g} TFLOP",
         "a step takes at least, ms",
         *(f"  {name:<22}{1e3 * seconds:>12.3f}" for name, seconds in planned.seconds.items()),
         f"limit: {planned.limit}",

@@ -72,12 +72,26 @@ class Workload:
         """Of [K] values per sample."""
         return float((self.share * values).sum())
 
+    def longest_of(self, samples: float) -> tuple[int, int]:
+        """Events of the history, and targets, of the longest of so many samples drawn by their shares, on average."""
+        import numpy as np
+
+        tokens, most_targets = self.history + self.targets, int(self.targets.max())
+        order = np.argsort(tokens)
+        all_at_most = np.cumsum(self.share[order]) ** max(samples, 1.0)
+        longest = float((np.diff(all_at_most, prepend=0.0) * tokens[order]).sum())
+        return max(round(longest) - most_targets, 0), most_targets
+
 
 def workload_of(config: Config, catalogue: Catalogue) -> Workload:
-    """Cut the users' histories as training does; a step holds what `data.batch_*` says, of the mean sample."""
+    """Cut the users' histories as training does; a step holds what `data.batch_*` says, of the mean sample.
+
+    Under stochastic length a sample is two kinds, whole and cut, each as likely as the loader has it.
+    """
     import numpy as np
 
     from ..data.cost import UNITS_PER_TOKEN
+    from ..data.loader import stochastic_length_of
     from ..data.samples import RowCounts
     from ..trainer.build import sampler_of
     from ..trainer.costs import cost_model_of
@@ -94,6 +108,11 @@ def workload_of(config: Config, catalogue: Catalogue) -> Workload:
     targets = sampler.num_targets(slices)
     history = sampler.num_tokens(slices) - targets
     share = catalogue.users[kinds] / catalogue.users[kinds].sum()
+    if (stochastic_length := stochastic_length_of(config.data, sampler)) is not None:
+        whole = stochastic_length.probabilities(history)
+        share = np.concatenate([share * whole, share * (1 - whole)])
+        history = np.concatenate([history, np.minimum(history, stochastic_length.threshold)])
+        history, targets, share = (each[share > 0] for each in (history, np.tile(targets, 2), share))
     if config.data.batch_rows is not None:
         samples = float(config.data.batch_rows)
     elif config.data.batch_tokens is not None:

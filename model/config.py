@@ -53,6 +53,10 @@ class ChannelConfig(BaseModel):
     num_layers: int | None = Field(default=None, gt=0, le=1024)
     """Layers of this stack; default: `model.num_layers`. All else is that of `model`."""
 
+    def action_mask(self, actions: tuple[str, ...]) -> int:
+        """The bits of this channel's actions; `actions` are the dataset's, in the order of theirs."""
+        return sum(1 << actions.index(action) for action in self.actions)
+
 
 class ModelConfig(BaseModel):
     """The `model` section. The defaults are the layer of the HSTU paper (arXiv 2402.17152, section 3)."""

@@ -1,4 +1,4 @@
-"""What a sample costs: floating point operations of every backbone, and the activations that HSTU keeps.
+"""What a sample costs: floating point operations of every backbone.
 
 Formulas, not measurements: matrix products, and attention over the pairs that the mask lets through; sums, norms and
 activations are left out. A multiplication and an addition are two operations. Backward passes of the attention
@@ -25,9 +25,6 @@ from .sequences import Limits
 Count = int | npt.NDArray[np.integer[Any]]
 """A number of tokens, or those of many samples at once, [S]; what is computed from it has the same shape."""
 Amount = float | npt.NDArray[np.floating[Any]]
-
-STATISTICS_BYTES = 4
-"""Of one mean or deviation, kept in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +55,9 @@ class Sample:
     targets: Count = 0
     tokens_per_event: int = 1
     """How many tokens of the history an event is."""
+    chosen: tuple[Count, ...] = ()
+    """Events of the history that each of `model.channels` selects, however many of them it then reads; without them
+    every channel selects all, which is the most that they can cost."""
 
     @property
     def tokens(self) -> Count:
@@ -67,6 +67,12 @@ class Sample:
     def newest(self, num_events: int) -> Sample:
         """This sample cut to the newest `num_events` events of its history."""
         return dataclasses.replace(self, history=np.minimum(self.history, num_events * self.tokens_per_event))
+
+    def of_channel(self, number: int) -> Sample:
+        """This sample with the events that a channel selects only."""
+        if not self.chosen:
+            return self
+        return dataclasses.replace(self, history=self.chosen[number] * self.tokens_per_event, chosen=())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,18 +159,18 @@ def _hstu(config: ModelConfig, sample: Sample, limits: Limits) -> Flops:
 
 
 def _mixture(config: ModelConfig, sample: Sample, limits: Limits) -> Flops:
-    """Every channel full; a sample with fewer events of a channel costs less."""
     total = matmul(sample.targets, len(config.channels) * config.width, config.width)
-    for stack, num_events in _stacks(config):
-        total += _hstu(stack, sample.newest(num_events), limits)
+    for stack, of_channel in stacks(config, sample):
+        total += _hstu(stack, of_channel, limits)
     return total
 
 
-def _stacks(config: ModelConfig) -> Iterator[tuple[ModelConfig, int]]:
-    """Of every channel, its stack and the events that it may read."""
-    for channel in config.channels.values():
+def stacks(config: ModelConfig, sample: Sample) -> Iterator[tuple[ModelConfig, Sample]]:
+    """Of every channel, its stack and what it reads of a sample."""
+    for number, channel in enumerate(config.channels.values()):
         layers = config.num_layers if channel.num_layers is None else channel.num_layers
-        yield config.model_copy(update={"channels": {}, "num_layers": layers}), channel.num_events
+        stack = config.model_copy(update={"channels": {}, "num_layers": layers})
+        yield stack, sample.of_channel(number).newest(channel.num_events)
 
 
 def _hstu_layer(config: ModelConfig, sample: Sample, mask: AttentionMask) -> Flops:
@@ -292,29 +298,3 @@ def _similarity_by_mlp(objective: ObjectiveConfig, sample: Sample, inputs: Input
     pairs = matmul(sample.history, hidden, inputs.num_candidates)
     again = Flops(backward=matmul(sample.history, width + hidden, inputs.num_candidates).forward)
     return matmul(vectors, width, hidden) + pairs + again
-
-
-def hstu_activation_bytes(config: ModelConfig, sample: Sample, *, bytes_per_value: int = 4) -> Count:
-    """What HSTU's layers keep of one sample for the backward pass, in bytes; of channels, each as many as it may read.
-
-    The residual stream is float32; u, v, q, k and the attention are of `bytes_per_value` (2 under bfloat16).
-    """
-    if config.channels:
-        stacks = [(stack, sample.newest(num_events)) for stack, num_events in _stacks(config)]
-        return sum(hstu_activation_bytes(*each, bytes_per_value=bytes_per_value) for each in stacks)
-    sample = in_tokens(config, sample)
-    lengths = sample.tokens * config.num_layers
-    if config.tail is not None:
-        lengths = lengths + sample.newest(config.tail.num_events).tokens * config.tail.num_layers
-    return lengths * _kept_per_token(config, bytes_per_value)
-
-
-def _kept_per_token(config: ModelConfig, bytes_per_value: int) -> int:
-    values = config.num_heads * config.value_dim
-    projected = uvqk_width(config)
-    activated = projected if config.activation == "uvqk" else values
-    num_norms = config.num_heads if config.norm == "group_norm" else 1
-    if config.rematerialize:
-        return 4 * config.width + bytes_per_value * values + 2 * num_norms * STATISTICS_BYTES
-    kept = bytes_per_value * (projected + activated + values)
-    return 4 * config.width + kept + 2 * (1 + num_norms) * STATISTICS_BYTES

@@ -32,7 +32,7 @@ class Channel(nn.Module):
             )
         self.num_events = channel.num_events
         self.limits = limits
-        self.action_mask = sum(1 << limits.actions.index(action) for action in channel.actions)
+        self.action_mask = channel.action_mask(limits.actions)
         layers = config.num_layers if channel.num_layers is None else channel.num_layers
         self.stack = HSTUStack(config.model_copy(update={"num_layers": layers}), limits.newest(channel.num_events))
 

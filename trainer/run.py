@@ -110,9 +110,7 @@ def assemble(
             audit=audit,
             skips=skips,
             timer=timer,
-            throughput=Throughput(
-                config, num_items=info.num_items, num_actions=len(info.roles.actions), device=world.device
-            ),
+            throughput=Throughput(config, num_items=info.num_items, actions=info.roles.actions, device=world.device),
             watchdog=watchdog,
             saver=saver,
         )

@@ -8,42 +8,43 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from .config import Config
-from .costs import samples_flops
+from .costs import event_counts, samples_flops
 from .devices import device_called
 
 
 class Throughput:
     """Counts what this rank has trained since the last reading, sample by sample.
 
-    A batch's lengths stay on the device until then: reading them would stop the host in every step. What is computed
+    A batch's counts stay on the device until then: reading them would stop the host in every step. What is computed
     twice to save memory (`model.rematerialize`) counts once: it is no progress.
     """
 
-    def __init__(self, config: Config, *, num_items: int, num_actions: int, device: torch.device) -> None:
+    def __init__(self, config: Config, *, num_items: int, actions: tuple[str, ...], device: torch.device) -> None:
         once = config.model.model_copy(update={"rematerialize": False})
         self._config = config.model_copy(update={"model": once})
-        self._num_items, self._num_actions = num_items, num_actions
+        self._num_items, self._actions = num_items, actions
         known = device_called(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak = known.flops(config.trainer.precision) if known is not None else None
-        self._lengths: list[tuple[Tensor, Tensor]] = []
+        self._counts: list[Tensor] = []
 
     def add(self, batch: Batch) -> None:
         """Take in a trained batch; a rank's share without samples costs nothing."""
         if len(batch.samples):
-            self._lengths.append((batch.offsets.diff(), batch.num_targets))
+            self._counts.append(event_counts(self._config, batch, self._actions))
 
     def read(self) -> float:
         """Operations of the forward and backward passes since the last reading."""
-        lengths, self._lengths = self._lengths, []
-        if not lengths:
+        counts, self._counts = self._counts, []
+        if not counts:
             return 0.0
-        events, targets = (torch.cat(each).cpu().numpy() for each in zip(*lengths, strict=True))
+        history, targets, *chosen = torch.cat(counts, dim=1).cpu().numpy()
         flops = samples_flops(
             self._config,
-            history=events - targets,
+            history=history,
             targets=targets,
             num_items=self._num_items,
-            num_actions=self._num_actions,
+            num_actions=len(self._actions),
+            chosen=tuple(chosen),
         )
         return float(np.sum(flops.train))
 

@@ -286,7 +286,7 @@ def _mean_flops(config: Config, split: Split) -> float:
     import torch
 
     from ...trainer.build import build_loader, load_dataset
-    from ...trainer.costs import samples_flops
+    from ...trainer.costs import event_counts, samples_flops
     from ...trainer.parallel import World
 
     info = load_dataset(config)
@@ -294,10 +294,14 @@ def _mean_flops(config: Config, split: Split) -> float:
     loader = build_loader(one_epoch, info, World(rank=0, size=1, device=torch.device("cpu")), split=split)
     total = samples = 0.0
     for batch in loader:
-        targets = batch.num_targets.numpy()
-        history = np.diff(batch.offsets.numpy()) - targets
+        history, targets, *chosen = event_counts(config, batch, info.roles.actions).numpy()
         flops = samples_flops(
-            config, history=history, targets=targets, num_items=info.num_items, num_actions=len(info.roles.actions)
+            config,
+            history=history,
+            targets=targets,
+            num_items=info.num_items,
+            num_actions=len(info.roles.actions),
+            chosen=tuple(chosen),
         )
         total += float(np.sum(flops.train if split == "train" else flops.forward))
         samples += len(targets)

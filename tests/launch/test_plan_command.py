@@ -1,6 +1,7 @@
 """`ultrarec plan` against figures computed by hand."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -12,9 +13,13 @@ from small_runs import config_of, make_dataset
 
 from ultrarec.data.preparation.statistics import LengthCounter
 from ultrarec.launch import cli
-from ultrarec.launch.workload import Catalogue, catalogue_of, workload_of
+from ultrarec.launch.capacity import _activations
+from ultrarec.launch.workload import Catalogue, Workload, catalogue_of, workload_of
+from ultrarec.model.activations import activation_bytes
+from ultrarec.model.flops import Sample
 from ultrarec.trainer.build import build_loader, load_dataset
 from ultrarec.trainer.config import load_config
+from ultrarec.trainer.costs import samples_flops
 from ultrarec.trainer.parallel import World
 
 ITEMS = 1_000_000
@@ -56,7 +61,6 @@ def test_dense_parameters_are_those_counted_by_hand(capsys):
     norms, attention, feed_forward = 2 * 2 * width, 4 * width * (width + 1), 2 * width * (width + 1)
     assert planned["dense_parameters"] == 2 * (norms + attention + feed_forward) + 200 * width
     assert planned["communication"]["dense gradients"] == 0
-    assert "activations" not in planned["memory"]
 
 
 def test_the_owner_of_a_whole_table_sends_for_all(capsys):
@@ -94,6 +98,14 @@ def test_a_table_too_large_for_the_gpus_ends_with_1_and_says_so(capsys, items, w
     assert plan_json(capsys, *argv)["fits"] is False
 
 
+def test_channels_whose_events_are_not_known_cost_at_most_so_much(capsys):
+    argv = (*KUAIRAND, "--set", "model.channels={clicks = {actions = ['is_click'], num_events = 500}}")
+    _, printed = plan(capsys, *argv)
+    assert "operations per rank and step: at most " in printed.out
+    assert plan_json(capsys, *argv)["is_at_most"]
+    assert "at most" not in plan(capsys, *KUAIRAND)[1].out
+
+
 def test_activations_that_do_not_fit_end_with_1(capsys):
     code, printed = plan(capsys, *KUAIRAND, "--set", "data.batch_tokens=100000000")
     assert code == 1
@@ -118,15 +130,50 @@ def test_what_the_user_can_mend_is_one_message(capsys, argv, message):
     assert message in printed.err
 
 
-def test_a_prepared_dataset_gives_about_the_samples_that_training_reads(dataset):
-    config = config_of(dataset, "ranking", "data.targets_per_sample=3")
-    info, counter = load_dataset(config), LengthCounter()
+def catalogue_in(dataset, info):
+    counter = LengthCounter()
     for path in dataset.glob("histories/*.parquet"):
         counter.add(pq.read_table(path, columns=["num_events"])["num_events"].to_numpy())
-    work = workload_of(config, catalogue_of(dataclasses.replace(info, lengths=counter.summary())))
+    return catalogue_of(dataclasses.replace(info, lengths=counter.summary()))
+
+
+def test_a_prepared_dataset_gives_about_the_samples_that_training_reads(dataset):
+    config = config_of(dataset, "ranking", "data.targets_per_sample=3")
+    info = load_dataset(config)
+    work = workload_of(config, catalogue_in(dataset, info))
     batches = list(build_loader(config, info, World(0, 1, torch.device("cpu")), split="train"))
     read = sum(batch.timestamps.numel() for batch in batches) / sum(len(batch.samples) for batch in batches)
     assert work.mean(work.history + work.targets) == pytest.approx(read, rel=0.1)
+
+
+def test_stochastic_length_gives_the_samples_operations_and_steps_that_training_reads_on_average(dataset):
+    config = config_of(
+        dataset,
+        "full_softmax",
+        "data.train_targets=all",
+        "data.stochastic_length={alpha = 1.2, balanced = false}",
+        "data.batch_rows=",
+        "data.batch_tokens=60",
+        "trainer.epochs=40",
+    )
+    info = load_dataset(config)
+    num_train = np.concatenate([pq.read_table(p)["num_train"].to_numpy() for p in dataset.glob("histories/*.parquet")])
+    catalogue = Catalogue(num_items=45, actions=(), lengths=num_train, users=np.ones(len(num_train)))
+    work = workload_of(config, catalogue)
+
+    def operations(history):
+        targets = np.zeros_like(history)
+        return samples_flops(config, history=history, targets=targets, num_items=45, num_actions=2).train
+
+    batches = list(build_loader(config, info, World(0, 1, torch.device("cpu")), split="train"))
+    read = np.concatenate([batch.offsets.diff().numpy() for batch in batches])
+    for planned, amount in ((work.history, read), (operations(work.history), operations(read))):
+        deviation = (work.mean(planned**2) - work.mean(planned) ** 2) ** 0.5
+        # Four standard errors of the mean of what training drew.
+        assert abs(amount.mean() - work.mean(planned)) <= 4 * deviation / len(read) ** 0.5
+    full = [len(batch.samples) for batch, after in itertools.pairwise(batches) if batch.epoch == after.epoch]
+    # A step ends before the sample that would overfill it.
+    assert 0 <= work.samples - np.mean(full) <= 1
 
 
 def test_a_dataset_of_an_older_version_is_told_what_it_lacks(dataset, capsys):
@@ -134,6 +181,33 @@ def test_a_dataset_of_an_older_version_is_told_what_it_lacks(dataset, capsys):
     code, printed = plan(capsys, str(dataset.parent / "ranking.toml"), "--gpu", "h100", "--set", "data.batch_rows=24")
     assert code == 2
     assert "before datasets held their lengths" in printed.err
+
+
+def test_the_longest_of_several_samples_is_what_draws_of_so_many_have_on_average():
+    tokens, share = np.array([40, 10, 26]), np.array([0.1, 0.6, 0.3])
+    work = Workload(history=tokens - 2, targets=np.array([2, 2, 2]), share=share, samples=6.0)
+    draws = np.random.default_rng(0).choice(tokens, size=(40_000, 3), p=share).max(axis=1)
+    history, targets = work.longest_of(3)
+    # Half an event of rounding, and four standard errors.
+    assert abs(history + targets - draws.mean()) <= 0.5 + 4 * draws.std() / 200
+    assert work.longest_of(1) == (round(0.1 * 40 + 0.6 * 10 + 0.3 * 26) - 2, 2)
+
+
+@pytest.mark.parametrize("backbone", ["sasrec", "llama", "fuxi_alpha"])
+def test_a_padded_backbone_keeps_more_the_longer_the_samples_beside_a_short_one(backbone):
+    config = load_config("sasrec_ml1m", [f"model.backbone={backbone}"])
+    kept = []
+    for longest in (20, 40):
+        work = Workload(
+            history=np.array([10, longest]), targets=np.zeros(2, np.int64), share=np.array([0.5, 0.5]), samples=64.0
+        )
+        kept.append(_activations(config, work, samples=64.0)["activations"])
+    sample_of_20, sample_of_40, short = (
+        activation_bytes(config.model, Sample(history=length), longest=Sample(history=padded))
+        for length, padded in ((20, 20), (40, 40), (10, 20))
+    )
+    assert kept[0] == pytest.approx(32 * (short + sample_of_20))
+    assert kept[1] > 32 * (short + sample_of_40)
 
 
 def test_operations_are_the_mean_over_lengths_not_those_of_the_mean_length():

@@ -1,7 +1,10 @@
 """The formulas of cost against brute force, torch's counter and the published figures."""
 
+import dataclasses
 import functools
+import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -136,6 +139,49 @@ def test_torch_counts_as_many_operations_as_the_formula_once_every_pair_is_compu
     # The reference keeps its weights and need not multiply q and k again.
     again = scores_made_again(config, sample)
     assert backward.get_total_flops() == backward_expected - again
+
+
+@pytest.mark.usefixtures("every_pair")
+@pytest.mark.parametrize("tokens", ["merged", "interleaved"])
+def test_torch_counts_as_many_operations_as_the_formula_of_the_events_that_channels_select(tokens):
+    config = ModelConfig(
+        width=12,
+        num_heads=2,
+        qk_dim=4,
+        value_dim=6,
+        tokens=tokens,
+        num_layers=1,
+        channels=SETTINGS["mixture"]["channels"],
+    )
+    # Bits of a and b, event by event: more than the budget of "short" (4), some of each, and none.
+    histories = [[1, 1, 3, 1, 2, 1, 3], [2, 0, 2, 1], [0, 0], []]
+    num_tokens = 1 + (tokens == "interleaved")
+    actions, lengths = [], []
+    for events in histories:
+        sequence = [0] * CONTEXTUAL + [action for action in events for _ in range(num_tokens)] + [0] * TARGETS
+        actions += sequence
+        lengths.append(len(sequence))
+    limits = Limits(
+        num_contextual=CONTEXTUAL,
+        max_history=HISTORY,
+        max_targets=TARGETS,
+        actions=("a", "b"),
+        tokens_per_event=num_tokens,
+        context_sees_history=True,
+    )
+    times = torch.arange(len(actions))
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)])
+    seqs = Sequences(offsets, torch.full((4,), TARGETS), times, times, torch.tensor(actions))
+    with FlopCounterMode(display=False) as counter:
+        build_backbone(config, limits)(torch.randn(len(actions), 12), seqs)
+    sample = Sample(
+        contextual=CONTEXTUAL,
+        history=np.array([7, 4, 2, 0]),
+        targets=np.full(4, TARGETS),
+        chosen=(np.array([6, 1, 0, 0]), np.array([7, 3, 0, 0])),
+    )
+    assert counter.get_total_flops() == backbone_flops(config, sample).forward.sum()
+    assert counter.get_total_flops() < backbone_flops(config, dataclasses.replace(sample, chosen=())).forward.sum()
 
 
 def padded_pairs(config, extra, shorter):

@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ultrarec.kernels import AttentionMask
+from ultrarec.model.activations import activation_bytes
 from ultrarec.model.config import ModelConfig
-from ultrarec.model.flops import Sample, hstu_activation_bytes
+from ultrarec.model.flops import Sample
 from ultrarec.model.hstu import HSTULayer, HSTUStack
 from ultrarec.model.sequences import Limits, Sequences
 
@@ -446,7 +447,7 @@ def test_a_rematerialised_layer_keeps_the_attention_output_and_statistics(gating
     assert kept == pytest.approx(4 * (attention + mean_and_deviation), abs=1)
     for rematerialize, measured in ((False, all_kept), (True, kept)):
         config = ModelConfig(**settings, gating=gating, rematerialize=rematerialize)
-        modelled = hstu_activation_bytes(config, Sample(history=num_tokens)) / num_tokens
+        modelled = activation_bytes(config, Sample(history=num_tokens)) / num_tokens
         # The model of costs counts a layer's input too, which was there before the layer ran.
         assert modelled == pytest.approx(measured + 4 * width, abs=1)
     assert all_kept == pytest.approx(4 * (2 * uvqk + attention + 2 * mean_and_deviation), abs=1)
