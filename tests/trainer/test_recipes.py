@@ -44,6 +44,8 @@ def made_small(config: Config, path: Path) -> Config:
         layers |= {name: min(layers[name], 3) for name in ("window", "full_tail", "prefix")}
     if model["tail"]:
         model["tail"] |= {"num_layers": 1, "num_events": 6}
+    for channel in model["channels"].values():
+        channel["num_events"] = 8
     return Config.model_validate(tree)
 
 
@@ -64,6 +66,8 @@ def info(tmp_path_factory: pytest.TempPathFactory) -> DatasetInfo:
 
 def test_every_recipe_trains_a_step_when_it_is_made_small(info, tmp_path):
     runs = [(made_small(load_config(name), info.root), tmp_path / name) for name in list_recipes()]
+    assert any(config.model.channels for config, _ in runs), "no mixture of transducers"
+    assert any(config.data.stochastic_length for config, _ in runs), "no stochastic length"
     # The losses that no recipe of a published configuration has.
     sasrec = made_small(load_config("sasrec_ml1m"), info.root)
     for loss, num_in_batch in (("bce", 0), ("sampled_softmax", 8)):
@@ -109,10 +113,11 @@ def sasrec_layer(width: int) -> int:
     return 6 * (width + 1) * width + 2 * 2 * width
 
 
-def stu_layer(width: int, heads: int, head: int) -> int:
-    """u, v, q, k with a bias; the output of [u, attention, gated]; scale and shift of two norms."""
+def stu_layer(width: int, heads: int, head: int, *, per_head: bool = False) -> int:
+    """u, v, q, k with a bias; the output of [u, attention, gated]; scale and shift of two norms, the second of which
+    has one of each per column, or per head."""
     values = heads * head
-    return (width + 1) * 4 * values + 3 * values * width + 2 * width + 2 * values
+    return (width + 1) * 4 * values + 3 * values * width + 2 * width + 2 * (heads if per_head else values)
 
 
 BACKBONES = {
@@ -128,7 +133,8 @@ BACKBONES = {
     "sasrec_amazon_books": 4 * sasrec_layer(64),
     "hstu_kuairand_1k": 3 * stu_layer(512, 4, 128),
     "hstu_kuairand_27k": 3 * stu_layer(512, 4, 128),
-    "ultra_hstu_kuairand_1k": 4 * stu_layer(512, 4, 128),
+    # Two channels of four layers, and the matrix that fuses them.
+    "ultra_hstu_kuairand_1k": 2 * 4 * stu_layer(512, 4, 128, per_head=True) + (2 * 512 + 1) * 512,
     "ultra_hstu_kuairand_16k": 20 * stu_layer(512, 4, 128),
     "hstu_dlrmv3": 5 * stu_layer(512, 4, 128),
 }
