@@ -19,10 +19,11 @@ BACKBONES: dict[str, type[nn.Module]] = {
     "stca": STCA,
 }
 """Each is built from its settings and `Limits`, is called with tokens `[S, E]` and their `Sequences`, and gives tokens
-of that shape. A token sees earlier ones of its own sequence; targets see the history and not each other.
+of that shape, or, where `Limits` says that the head reads no others, those of the targets `[M, E]`, in order. A token
+sees earlier ones of its own sequence; targets see the history and not each other.
 """
 TARGET_ONLY = ("din", "stca")
-"""Backbones that encode targets, and nothing where there are none."""
+"""Backbones that encode targets alone: they give no other tokens, whatever `Limits` says."""
 
 
 def build_backbone(config: ModelConfig, limits: Limits) -> nn.Module:

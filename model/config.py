@@ -95,7 +95,8 @@ class ModelConfig(BaseModel):
     16k events)."""
     relative_bias: Literal["none", "position", "position_time"] = "none"
     """Bias added to the scores in every layer, shared by its heads. It counts positions one by one, targets too: with
-    several targets per sample, later ones stand further from the history than they will when scored alone."""
+    several targets per sample, later ones would stand further from the history than when scored alone, which is
+    refused."""
     rope: bool = False
     """Rotate q and k by their position (arXiv 2104.09864); all targets of a sample share one."""
     window: int = Field(default=0, ge=0, le=MOST_EVENTS)

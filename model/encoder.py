@@ -1,7 +1,7 @@
 """The sequence encoder: a batch and its embeddings to one encoded vector per token."""
 
 # T = events of all samples, B = samples, C = contextual tokens per sample, S = T + B * C tokens of all sequences,
-# E = model width
+# M = targets of all samples, E = model width
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class Encoded:
     """A batch after the stack."""
 
     tokens: Tensor
-    """[S, E]"""
+    """[S, E], or, of an encoder of targets, [M, E]."""
     content: Tensor
     """[T, E], what each event shows, as it was before position, time and stack."""
     layout: Layout
@@ -37,9 +37,9 @@ class Encoded:
 class SequenceEncoder(nn.Module):
     """Token encoders, position and time, dropout, and the backbone.
 
-    With `context_sees_history` contextual tokens attend to the whole history (the paper's mask). That is for models
-    that predict targets only: where every position predicts, the history ahead would reach it through them, so there
-    they are the first tokens of a causal sequence.
+    With `only_targets`, for models that predict nothing else, it gives their tokens, and contextual tokens attend to
+    the whole history (the paper's mask). Where every position predicts, the history ahead would reach it through them,
+    so there they are the first tokens of a causal sequence.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class SequenceEncoder(nn.Module):
         embedding_dim: int,
         max_history: int,
         max_targets: int,
-        context_sees_history: bool,
+        only_targets: bool,
     ) -> None:
         super().__init__()
         self.interleaved = config.tokens == "interleaved"
@@ -61,8 +61,10 @@ class SequenceEncoder(nn.Module):
             max_targets=max_targets,
             tokens_per_event=2 if self.interleaved else 1,
             actions=actions,
-            context_sees_history=context_sees_history,
+            context_sees_history=only_targets,
+            only_targets=only_targets,
         )
+        self.only_targets = only_targets
         self.num_contextual = limits.num_contextual
         self.width = config.width
         self.content = ContentEncoder(config, features=features, embedding_dim=embedding_dim)
@@ -103,6 +105,7 @@ class SequenceEncoder(nn.Module):
             timestamps=layout.join_times(batch.timestamps),
             query_timestamps=layout.join_times(batch.query_timestamps),
             actions=self.actions(batch, layout) if self.reads_actions else None,
+            total_targets=batch.labels.numel() if self.only_targets else None,
         )
         return Encoded(tokens=self.stack(self.dropout(x_SE), sequences), content=content_TE, layout=layout)
 

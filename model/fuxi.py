@@ -86,14 +86,15 @@ class FuXiAlpha(nn.Module):
 
     def __init__(self, config: ModelConfig, limits: Limits) -> None:
         super().__init__()
+        self.limits = limits
         self.mask = limits.mask()
         self.layers = nn.ModuleList(FuXiLayer(config, limits) for _ in range(config.num_layers))
 
     def forward(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
-        """Tokens [S, E] to tokens [S, E]; the residual stream stays float32 under autocast."""
+        """Tokens [S, E] to tokens [S, E], or targets [M, E]; the residual stream stays float32 under autocast."""
         padded = Padded.of(sequences)
         visible = padded.visible(self.mask)
         x_SE = full_precision(x_SE)
         for layer in self.layers:
             x_SE = layer(x_SE, sequences, padded, visible)
-        return x_SE
+        return self.limits.read_by_head(x_SE, sequences)

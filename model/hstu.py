@@ -11,8 +11,8 @@ ULTRA-HSTU (arXiv 2602.16986) is a setting of the same layers: a semi-local mask
 `prefix`), and attention truncation (`tail`), whose layers read the newest events only.
 """
 
-# S = tokens of all sequences, E = model width, H = heads, D = head width (of q and k, or of u and v),
-# N = longest sequence possible
+# S = tokens of all sequences, M = targets of all, E = model width, H = heads, D = head width (of q and k, or of u and
+# v), N = longest sequence possible
 
 import torch
 from torch import Tensor, nn
@@ -195,18 +195,22 @@ class HSTUStack(nn.Module):
         super().__init__()
         mask = limits.mask(window=config.window, full_tail=config.full_tail, prefix=config.prefix)
         self.layers = _layers(config, config.num_layers, max_seq_len=limits.max_seq_len, mask=mask)
+        self.limits = limits
         self.tail = None if config.tail is None else Tail(config, limits)
 
     def forward(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
-        """Tokens [S, E] to tokens [S, E]; the residual stream stays float32 under autocast."""
+        """Tokens [S, E] to tokens [S, E], or targets [M, E]; the residual stream stays float32 under autocast."""
         x_SE = full_precision(x_SE)
         for layer in self.layers:
             x_SE = layer(x_SE, sequences)
-        return x_SE if self.tail is None else self.tail(x_SE, sequences)
+        return self.limits.read_by_head(x_SE, sequences) if self.tail is None else self.tail(x_SE, sequences)
 
 
 class Tail(nn.Module):
-    """Attention truncation: layers over contextual tokens, the newest events and targets; other tokens pass by."""
+    """Attention truncation: layers over contextual tokens, the newest events and targets.
+
+    Older tokens pass by and are put back, or, where the head reads targets alone, end here.
+    """
 
     def __init__(self, config: ModelConfig, limits: Limits) -> None:
         super().__init__()
@@ -219,12 +223,14 @@ class Tail(nn.Module):
         self.layers = _layers(config, tail.num_layers, max_seq_len=max_seq_len, mask=mask)
 
     def forward(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
-        """Tokens [S, E] to tokens [S, E]."""
+        """Tokens [S, E] to tokens [S, E], or targets [M, E]."""
         truncation = sequences.truncate(self.num_events, self.limits)
         older_SE, kept_SE = truncation.split(x_SE)
         kept = truncation.kept
         for layer in self.layers:
             kept_SE = layer(kept_SE, kept)
+        if self.limits.only_targets:
+            return self.limits.read_by_head(kept_SE, kept)
         return truncation.join(older_SE, kept_SE)
 
 

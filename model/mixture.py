@@ -8,7 +8,9 @@ reach: its budget counts its own events. The paper gives no equation of the fusi
 public implementations use.
 """
 
-# S = tokens of all sequences, E = model width
+# S = tokens of all sequences, M = targets of all, E = model width
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +36,11 @@ class Channel(nn.Module):
         self.limits = limits
         self.action_mask = channel.action_mask(limits.actions)
         layers = config.num_layers if channel.num_layers is None else channel.num_layers
-        self.stack = HSTUStack(config.model_copy(update={"num_layers": layers}), limits.newest(channel.num_events))
+        of_channel = replace(limits.newest(channel.num_events), only_targets=True)
+        self.stack = HSTUStack(config.model_copy(update={"num_layers": layers}), of_channel)
 
     def forward(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
-        """What the targets become, [targets, E]."""
+        """Tokens [S, E] to targets [M, E]."""
         assert sequences.actions is not None
         is_chosen = (sequences.actions & self.action_mask) != 0
         is_chosen = is_chosen | (sequences.indices < self.limits.num_contextual) | sequences.is_target
@@ -45,8 +48,8 @@ class Channel(nn.Module):
         truncation = of_channel.truncate(self.num_events, self.limits)
         newest = truncation.kept
         _, rows = truncation.split(chosen)
-        out: Tensor = self.stack(x_SE.index_select(0, rows), newest)
-        return out[newest.is_target]
+        out_ME: Tensor = self.stack(x_SE.index_select(0, rows), newest)
+        return out_ME
 
 
 class Mixture(nn.Module):
@@ -58,8 +61,6 @@ class Mixture(nn.Module):
         self.fuse = linear(len(self.channels) * config.width, config.width)
 
     def forward(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
-        """Tokens [S, E] to tokens [S, E], of which the targets' are new."""
-        x_SE = full_precision(x_SE)
-        (targets,) = sequences.is_target.nonzero(as_tuple=True)
+        """Tokens [S, E] to targets [M, E]; the residual streams stay float32 under autocast."""
         said = [channel(x_SE, sequences) for channel in self.channels]
-        return x_SE.index_copy(0, targets, full_precision(self.fuse(torch.cat(said, dim=1))))
+        return full_precision(self.fuse(torch.cat(said, dim=1)))

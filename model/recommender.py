@@ -92,7 +92,7 @@ class RankingModel(nn.Module):
         """
         encoded = self.encoder(batch, embeddings)
         targets_M = encoded.layout.target_events(batch.labels.numel())
-        logits_MK = self.head(encoded.tokens[encoded.layout.last_rows(targets_M)], encoded.content[targets_M])
+        logits_MK = self.head(encoded.tokens, encoded.content[targets_M])
         labels_MK = self.labels(batch).to(logits_MK.dtype)
         loss = multi_task_loss(logits_MK, labels_MK, self.task_weights, num_binary=len(self.task_bits))
         return loss, RankingOutput(logits=logits_MK, labels=labels_MK, users=batch.users)
@@ -267,7 +267,7 @@ def build_model(
         embedding_dim=embedding_dim,
         max_history=max_history,
         max_targets=max_targets,
-        context_sees_history=is_ranking,
+        only_targets=is_ranking,
     )
     if not is_ranking:
         head = UserVectorHead(width=model.width, embedding_dim=embedding_dim)

@@ -1,6 +1,6 @@
 """What backbones know of their tokens: which form a sequence, what each is in it, and when it happened."""
 
-# S = tokens of all sequences, B = sequences, C = contextual tokens per sequence
+# S = tokens of all sequences, M = targets of all, B = sequences, C = contextual tokens per sequence, E = model width
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ class Limits:
     """The dataset's actions, in the order of their bits."""
     context_sees_history: bool
     """Contextual tokens attend to the whole history; else they are the first tokens of a causal sequence."""
+    only_targets: bool = False
+    """The head reads targets alone: backbones give theirs, [M, E], and need not make other tokens."""
 
     @property
     def max_seq_len(self) -> int:
@@ -39,6 +41,10 @@ class Limits:
         """The causal mask of these sequences, semi-local where a window is given."""
         num_contextual = self.num_contextual if self.context_sees_history else 0
         return AttentionMask(window=window, full_tail=full_tail, prefix=prefix, num_contextual=num_contextual)
+
+    def read_by_head(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
+        """Of encoded tokens those that the head reads: all [S, E], or the targets' [M, E]."""
+        return x_SE.index_select(0, sequences.target_rows) if self.only_targets else x_SE
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,8 @@ class Sequences:
     """[S], the time a token counts from when it looks at others."""
     actions: Tensor | None = None
     """[S], bitmask of what came of an event, 0 of contextual tokens and targets; only where the backbone reads it."""
+    total_targets: int | None = None
+    """M; where the host does not know it, it waits for a GPU to say so."""
 
     @property
     def sequence_of_token(self) -> Tensor:
@@ -83,6 +91,13 @@ class Sequences:
         """Whether each token is a target, [S] bool."""
         return self.indices >= self.history_ends[self.sequence_of_token]
 
+    @property
+    def target_rows(self) -> Tensor:
+        """The rows of the targets among the S tokens, [M]."""
+        before = self.offsets[1:] - self.num_targets.cumsum(0)
+        before = torch.repeat_interleave(before, self.num_targets, output_size=self.total_targets)
+        return before + torch.arange(before.numel(), device=before.device)
+
     def truncate(self, num_events: int, limits: Limits) -> Truncation:
         """Leave behind the events of each history but the newest `num_events`; contextual tokens and targets stay.
 
@@ -106,6 +121,7 @@ class Sequences:
             timestamps=self.timestamps[rows],
             query_timestamps=self.query_timestamps[rows],
             actions=None if self.actions is None else self.actions[rows],
+            total_targets=self.total_targets,
         )
 
 
@@ -139,6 +155,7 @@ class Truncation:
             timestamps=timestamps.contiguous(),
             query_timestamps=query_timestamps.contiguous(),
             actions=actions[0].contiguous() if actions else None,
+            total_targets=whole.total_targets,
         )
 
     def split(self, x_S: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Baselines in which only targets read, and only from the history: DIN, and stacked cross attention (STCA).
 
-The history is not encoded: its tokens come out as they went in. What targets become feeds the head.
+The history is not encoded: what targets become is all that comes out, and feeds the head.
 """
 
 # S = tokens of all sequences, M = targets of all, B = sequences, n = longest sequence of the batch, m = most targets of
@@ -36,7 +36,7 @@ class DIN(nn.Module):
         )
 
     def forward(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
-        """Tokens [S, E] to tokens [S, E], of which the targets' are new."""
+        """Tokens [S, E] to targets [M, E]."""
         x_SE = full_precision(x_SE)
         rows, _ = sequences.keep(sequences.is_target)
         sequence_of_target = sequences.sequence_of_token[rows]
@@ -48,8 +48,7 @@ class DIN(nn.Module):
         weights_Mn = self.activation_unit(torch.cat(pairs, dim=2))[:, :, 0]
         weights_Mn = weights_Mn.masked_fill(~padded.is_history()[sequence_of_target], 0)
         interest_ME = torch.einsum("mn,mne->me", full_precision(weights_Mn), history_MnE)
-        out_ME = full_precision(self.output(torch.cat([interest_ME, target_ME], dim=1)))
-        return x_SE.index_copy(0, rows, out_ME)
+        return full_precision(self.output(torch.cat([interest_ME, target_ME], dim=1)))
 
 
 class STCALayer(nn.Module):
@@ -102,7 +101,7 @@ class STCA(nn.Module):
         self.fuse = nn.ModuleList(linear((i + 2) * config.width, config.width) for i in range(config.num_layers))
 
     def forward(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
-        """Tokens [S, E] to tokens [S, E], of which the targets' are new."""
+        """Tokens [S, E] to targets [M, E]."""
         x_SE = full_precision(x_SE)
         rows, of_targets = sequences.keep(sequences.is_target)
         history, targets = Padded.of(sequences), Padded.of(of_targets)
@@ -111,4 +110,4 @@ class STCA(nn.Module):
         for layer, fuse in zip(self.layers, self.fuse, strict=True):
             read.append(layer(query_ME, x_SE, targets, history))
             query_ME = fuse(torch.cat([*read, target_ME], dim=1))
-        return x_SE.index_copy(0, rows, full_precision(query_ME))
+        return full_precision(query_ME)

@@ -53,16 +53,17 @@ class SASRec(nn.Module):
 
     def __init__(self, config: ModelConfig, limits: Limits) -> None:
         super().__init__()
+        self.limits = limits
         self.mask = limits.mask()
         self.layers = nn.ModuleList(SASRecLayer(config) for _ in range(config.num_layers))
 
     def forward(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
-        """Tokens [S, E] to tokens [S, E]."""
+        """Tokens [S, E] to tokens [S, E], or targets [M, E]."""
         padded = Padded.of(sequences)
         visible = padded.visible(self.mask)
         for layer in self.layers:
             x_SE = layer(x_SE, padded, visible)
-        return x_SE
+        return self.limits.read_by_head(x_SE, sequences)
 
 
 class LlamaLayer(nn.Module):
@@ -97,16 +98,16 @@ class Llama(nn.Module):
 
     def __init__(self, config: ModelConfig, limits: Limits) -> None:
         super().__init__()
+        self.limits = limits
         self.mask = limits.mask()
         self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.width)
 
     def forward(self, x_SE: Tensor, sequences: Sequences) -> Tensor:
-        """Tokens [S, E] to tokens [S, E]; the residual stream stays float32 under autocast."""
+        """Tokens [S, E] to tokens [S, E], or targets [M, E]; the residual stream stays float32 under autocast."""
         padded, positions_S = Padded.of(sequences), sequences.positions
         visible = padded.visible(self.mask)
         x_SE = full_precision(x_SE)
         for layer in self.layers:
             x_SE = layer(x_SE, positions_S, padded, visible)
-        normed_SE: Tensor = self.norm(x_SE)
-        return normed_SE
+        return self.limits.read_by_head(self.norm(x_SE), sequences)

@@ -168,6 +168,24 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _targets_train_where_they_are_scored(self) -> Config:
+        num_targets, model = self.data.targets_per_sample, self.model
+        place = f"data.targets_per_sample={num_targets}: later targets of a sample would train further from the history"
+        if num_targets == 1 or self.objective.kind != "ranking":
+            return self
+        if model.relative_bias != "none":
+            raise ValueError(
+                f"{place} than they are scored, as model.relative_bias={model.relative_bias!r} counts targets too; use "
+                "1 target, or relative_bias='none' with model.position_encoding and model.time_encoding"
+            )
+        if model.backbone == "fuxi_alpha":
+            raise ValueError(
+                f"{place} than they are scored, as model.backbone='fuxi_alpha' counts targets too; use 1 target, or "
+                "another backbone"
+            )
+        return self
+
     def to_toml(self) -> str:
         """This configuration as a TOML text that `load_config` reads back to an equal value."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))

@@ -1,12 +1,13 @@
 """Each backbone against its published equations, sequence by sequence and query by query in float64."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ultrarec.model.backbones import BACKBONES, build_backbone
+from ultrarec.model.backbones import BACKBONES, TARGET_ONLY, build_backbone
 from ultrarec.model.config import ModelConfig
 from ultrarec.model.sequences import Limits, Sequences
 
@@ -177,7 +178,8 @@ def test_a_backbone_is_its_equations_with_their_gradients(name, seqs):
         if end > begin:
             times = seqs.timestamps[begin:end], seqs.query_timestamps[begin:end]
             equations = Equations(backbone, config, *times, TARGETS[b])
-            expected.append(getattr(equations, name)(x[begin:end]))
+            out = getattr(equations, name)(x[begin:end])
+            expected.append(out[len(out) - TARGETS[b] :] if name in TARGET_ONLY else out)
     got, expected = backbone(x, seqs), torch.cat(expected)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
     inputs, upstream = {"x": x, **dict(backbone.named_parameters())}, torch.randn_like(got)
@@ -188,6 +190,18 @@ def test_a_backbone_is_its_equations_with_their_gradients(name, seqs):
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8, msg=lambda m, key=key: f"gradient of {key}: {m}")
+
+
+@pytest.mark.parametrize("total_targets", [None, sum(TARGETS)])
+@pytest.mark.parametrize("name", sorted(BACKBONES.keys() - set(TARGET_ONLY)))
+def test_where_the_head_reads_targets_alone_a_backbone_gives_theirs(name, total_targets, seqs):
+    config, backbone = make(name)
+    of_targets = build_backbone(config, dataclasses.replace(LIMITS, only_targets=True))
+    of_targets.load_state_dict(backbone.state_dict())
+    x = torch.randn(sum(LENGTHS), SMALL["width"])
+    is_target = [i >= n - targets for n, targets in zip(LENGTHS, TARGETS, strict=True) for i in range(n)]
+    expected = backbone(x, seqs)[torch.tensor(is_target)]
+    assert torch.equal(of_targets(x, dataclasses.replace(seqs, total_targets=total_targets)), expected)
 
 
 @pytest.mark.parametrize("name", sorted(BACKBONES))

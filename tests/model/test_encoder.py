@@ -30,7 +30,7 @@ def test_interleaved_histories_alternate_content_and_action_and_targets_have_con
         embedding_dim=E,
         max_history=5,
         max_targets=2,
-        context_sees_history=True,
+        only_targets=True,
     ).double()
     assert encoder.position.vectors.num_embeddings == 2 + 2 * 5 + 2
     encoder.stack = Recorded()

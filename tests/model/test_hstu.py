@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -282,6 +283,30 @@ def test_the_tail_parts_and_joins_tokens_by_the_operators_that_have_kernels():
     with Operators() as backward:
         out.sum().backward()
     assert {"ultrarec::jagged_split", "ultrarec::jagged_concat"} <= set(backward.names)
+
+
+@pytest.mark.parametrize("settings", [{**RESEARCH, "relative_bias": "position_time"}, INDUSTRIAL])
+def test_a_tail_of_which_targets_are_read_is_not_joined_and_changes_no_bit_of_them_nor_of_a_gradient(settings):
+    config = ModelConfig(**settings, tail={"num_layers": 2, "num_events": 4})
+    limits = Limits(num_contextual=2, max_history=11, max_targets=3, context_sees_history=True)
+    torch.manual_seed(0)
+    joined, of_targets = (
+        HSTUStack(config, dataclasses.replace(limits, only_targets=only_targets)) for only_targets in (False, True)
+    )
+    of_targets.load_state_dict(joined.state_dict())
+    seqs = sequences([7, 2, 12, 0, 16], [2, 0, 1, 0, 3])
+    x = torch.randn(37, config.width, requires_grad=True)
+    expected = joined(x, seqs)[seqs.is_target]
+    with Operators() as forward:
+        got = of_targets(x, seqs)
+    assert "ultrarec::jagged_concat" not in forward.names
+    assert torch.equal(got, expected)
+    upstream = torch.randn_like(got)
+    gradients = [
+        torch.autograd.grad(out, [x, *stack.parameters()], upstream)
+        for out, stack in ((got, of_targets), (expected, joined))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_a_tail_longer_than_the_history_is_more_layers():

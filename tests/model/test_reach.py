@@ -18,6 +18,22 @@ from model_variants import (
     make,
 )
 
+from ultrarec.model.config import RegressionConfig
+
+WATCHED = {"watched": RegressionConfig()}
+OBJECTIVES = {
+    "tasks": RANKING,
+    "experts": RANKING.model_copy(update={"num_experts": 2}),
+    "tasks and a number": RANKING.model_copy(update={"regressions": WATCHED}),
+    "a number": RANKING.model_copy(update={"regressions": WATCHED, "tasks": (), "task_weights": ()}),
+}
+
+
+def with_numbers(batch):
+    """The batch with what regressions predict of its targets."""
+    batch.numbers = {"watched": torch.arange(len(batch.labels)).float()}
+    return batch
+
 
 @pytest.mark.parametrize(
     "settings",
@@ -45,13 +61,12 @@ def test_a_target_scores_alone_as_it_does_beside_others(settings, features, acti
 
 
 @EVERY_BACKBONE
-@pytest.mark.parametrize("experts", [0, 2])
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 def test_the_first_target_is_scored_in_evaluation_as_in_training(
-    settings, experts, features, actions, samples, collate, tables
+    settings, objective, features, actions, samples, collate, tables
 ):
-    objective = RANKING.model_copy(update={"num_experts": experts})
     model, rows = make(settings, objective, features, actions), tables(E)
-    batch = collate(samples)
+    batch = with_numbers(collate(samples))
     _, trained = model(batch, rows.look_up(batch))
     model.eval()
     first = 0
@@ -60,7 +75,8 @@ def test_the_first_target_is_scored_in_evaluation_as_in_training(
             continue
         length = sample.length - sample.num_targets + 1
         fields = {name: value[:length] for name, value in vars(sample).items() if torch.is_tensor(value)}
-        batch = collate([dataclasses.replace(sample, **fields | {"labels": sample.labels[:1]}, num_targets=1)])
+        alone = dataclasses.replace(sample, **fields | {"labels": sample.labels[:1]}, num_targets=1)
+        batch = with_numbers(collate([alone]))
         _, evaluated = model(batch, rows.look_up(batch))
         torch.testing.assert_close(evaluated.logits[0], trained.logits[first], rtol=1e-12, atol=1e-12)
         first += sample.num_targets
@@ -98,14 +114,18 @@ def test_nothing_of_a_target_reaches_another_prediction(settings, features, acti
 
 
 @EVERY_BACKBONE
-def test_actions_outcomes_and_labels_of_targets_reach_no_logit(settings, features, actions, samples, collate, tables):
-    model, rows = make(settings, RANKING, features, actions), tables(E)
-    batch = collate(samples)
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_actions_outcomes_and_labels_of_targets_reach_no_prediction(
+    settings, objective, features, actions, samples, collate, tables
+):
+    model, rows = make(settings, objective, features, actions), tables(E)
+    batch = with_numbers(collate(samples))
     loss, before = model(batch, rows.look_up(batch))
     is_target = torch.cat([torch.arange(s.length) >= s.length - s.num_targets for s in samples])
     batch.actions[is_target] = 7
     batch.features["play_time"][is_target] = 3
     batch.labels[:] = 7 - batch.labels
+    batch.numbers["watched"] += 3
     other_loss, after = model(batch, rows.look_up(batch))
     assert torch.equal(after.logits, before.logits)
     assert other_loss != loss

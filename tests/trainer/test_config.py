@@ -213,6 +213,17 @@ def test_a_bad_setting_is_named_with_value_and_remedy(recipe, override, expected
             "checkpoint.keep_best=2 wants checkpoints of validated steps, but checkpoint.every=6 and "
             "trainer.evaluate_every=4 do not meet; set one to a multiple of the other",
         ),
+        (
+            ["data.targets_per_sample=2", "model.relative_bias=position"],
+            "data.targets_per_sample=2: later targets of a sample would train further from the history than they are "
+            "scored, as model.relative_bias='position' counts targets too; use 1 target, or relative_bias='none' with "
+            "model.position_encoding and model.time_encoding",
+        ),
+        (
+            ["data.targets_per_sample=2", "model.backbone=fuxi_alpha"],
+            "data.targets_per_sample=2: later targets of a sample would train further from the history than they are "
+            "scored, as model.backbone='fuxi_alpha' counts targets too; use 1 target, or another backbone",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_named_with_a_remedy(recipe, overrides, expected):

@@ -17,6 +17,7 @@ from small_runs import train_on_ranks
 
 from ultrarec.data.config import DataConfig
 from ultrarec.data.schema import DatasetInfo, Vocabulary
+from ultrarec.embeddings.replicated import ReplicatedTables
 from ultrarec.trainer.build import Recommender, build_recommender, item_shares
 from ultrarec.trainer.config import Config, list_recipes, load_config
 
@@ -44,6 +45,8 @@ def made_small(config: Config, path: Path) -> Config:
         layers |= {name: min(layers[name], 3) for name in ("window", "full_tail", "prefix")}
     if model["tail"]:
         model["tail"] |= {"num_layers": 1, "num_events": 6}
+    for channel in model["channels"].values():
+        channel["num_events"] = 8
     return Config.model_validate(tree)
 
 
@@ -64,6 +67,8 @@ def info(tmp_path_factory: pytest.TempPathFactory) -> DatasetInfo:
 
 def test_every_recipe_trains_a_step_when_it_is_made_small(info, tmp_path):
     runs = [(made_small(load_config(name), info.root), tmp_path / name) for name in list_recipes()]
+    assert any(config.model.channels for config, _ in runs), "no mixture of transducers"
+    assert any(config.data.stochastic_length for config, _ in runs), "no stochastic length"
     # The losses that no recipe of a published configuration has.
     sasrec = made_small(load_config("sasrec_ml1m"), info.root)
     for loss, num_in_batch, by in (
@@ -100,7 +105,12 @@ def built_on_meta(name: str, info: DatasetInfo, num_items: int) -> Recommender:
 
 
 def parameters_of(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    """The weights of a module; those of replicated tables are buffers."""
+    weights = list(module.parameters())
+    for part in module.modules():
+        if isinstance(part, ReplicatedTables):
+            weights += part.weights().values()
+    return sum(weight.numel() for weight in weights)
 
 
 def hstu_layer(width: int, heads: int, head: int, longest: int) -> int:
@@ -113,10 +123,11 @@ def sasrec_layer(width: int) -> int:
     return 6 * (width + 1) * width + 2 * 2 * width
 
 
-def stu_layer(width: int, heads: int, head: int) -> int:
-    """u, v, q, k with a bias; the output of [u, attention, gated]; scale and shift of two norms."""
+def stu_layer(width: int, heads: int, head: int, *, per_head: bool = False) -> int:
+    """u, v, q, k with a bias; the output of [u, attention, gated]; scale and shift of two norms, the second of which
+    has one of each per column, or per head."""
     values = heads * head
-    return (width + 1) * 4 * values + 3 * values * width + 2 * width + 2 * values
+    return (width + 1) * 4 * values + 3 * values * width + 2 * width + 2 * (heads if per_head else values)
 
 
 BACKBONES = {
@@ -132,7 +143,8 @@ BACKBONES = {
     "sasrec_amazon_books": 4 * sasrec_layer(64),
     "hstu_kuairand_1k": 3 * stu_layer(512, 4, 128),
     "hstu_kuairand_27k": 3 * stu_layer(512, 4, 128),
-    "ultra_hstu_kuairand_1k": 4 * stu_layer(512, 4, 128),
+    # Two channels of four layers, and the matrix that fuses them.
+    "ultra_hstu_kuairand_1k": 2 * 4 * stu_layer(512, 4, 128, per_head=True) + (2 * 512 + 1) * 512,
     "ultra_hstu_kuairand_16k": 20 * stu_layer(512, 4, 128),
     "hstu_dlrmv3": 5 * stu_layer(512, 4, 128),
 }
@@ -148,3 +160,43 @@ def test_the_tables_of_dlrmv3_are_the_terabyte_of_the_benchmark(info):
     # Each has a row for unknown ids beside the published ones.
     assert tables == 512 * (10**9 + 10**7 + 128 + 3)
     assert 2 * tables / 1e12 == pytest.approx(1.034, abs=0.001), "terabytes in half precision"
+
+
+def with_actions(info: DatasetInfo, *actions: str) -> DatasetInfo:
+    return dataclasses.replace(info, roles=dataclasses.replace(info.roles, actions=actions))
+
+
+CATALOGUES = {
+    # of the public protocol's prepared data: items, width, events
+    "ml1m": (3_706, 50, 200),
+    "ml20m": (26_744, 256, 200),
+    "amazon_books": (695_762, 64, 50),
+}
+
+
+@pytest.mark.parametrize("catalogue", CATALOGUES)
+@pytest.mark.parametrize("model", ["hstu", "hstu_large", "sasrec"])
+def test_a_published_next_item_model_has_its_items_its_positions_and_its_backbone(model, catalogue, info):
+    name, (num_items, width, longest) = f"{model}_{catalogue}", CATALOGUES[catalogue]
+    # A row for unknown items, stored in fours; a vector per position; the user vector is the last token itself.
+    stored_width = {50: 52}.get(width, width)
+    expected = (num_items + 1) * stored_width + longest * width + BACKBONES[name]
+    assert parameters_of(built_on_meta(name, with_actions(info), num_items)) == expected
+
+
+def token_mlp(inputs: int, hidden: int, width: int) -> int:
+    """Two matrices with biases, and a norm with scale and shift behind each."""
+    return (inputs + 1 + 2) * hidden + (hidden + 1 + 2) * width
+
+
+def test_the_model_of_dlrmv3_has_the_parameters_of_its_parts(info):
+    width, positions, time_buckets, action_dim = 512, 1 + 16_350 + 32, 2048 + 1, 8
+    expected = width * (10**9 + 10**7 + 128 + 3)
+    expected += token_mlp(2 * width, width, width)  # item and category
+    expected += action_dim + token_mlp(action_dim, width, width)
+    expected += (width + 1) * width  # the user
+    expected += (positions + time_buckets) * width
+    expected += BACKBONES["hstu_dlrmv3"]
+    # The head: a norm, an MLP of the content, a hidden layer with its norm, one logit.
+    expected += 2 * width + token_mlp(width, width, width) + (width + 1 + 2) * width + (width + 1)
+    assert parameters_of(built_on_meta("hstu_dlrmv3", with_actions(info, "is_liked"), 10**9)) == expected
