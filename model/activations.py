@@ -90,7 +90,7 @@ def activation_bytes(
             + in_tokens(config, of_channel).tokens * INTEGER
             for (stack, of_channel), (_, longest_of_channel) in each
         ]
-        fused = config.width * (bytes_per_value * len(config.channels) + FLOAT)
+        fused = config.width * bytes_per_value * len(config.channels)
         return sum(kept[1:], kept[0]) + sample.targets * fused
     sizes = _Sizes(config, in_tokens(config, sample), in_tokens(config, longest), bytes_per_value)
     return BACKBONE_BYTES[config.backbone](sizes)
@@ -186,7 +186,7 @@ def _din(sizes: _Sizes) -> Amount | Count:
     """Of each target and place of the padded history: its vector, what the unit reads, its hidden layer, the weight."""
     width, hidden, value = sizes.config.width, sizes.config.ffn_width, sizes.value
     pair = (FLOAT + sizes.copies(1)) * width + value * (4 * width + 2 * hidden + 1) + 1
-    output = 2 * value * (width + hidden) + FLOAT * 2 * width
+    output = 2 * value * (width + hidden) + FLOAT * width
     return sizes.targets * (sizes.padded * pair + output) + sizes.tokens * (FLOAT * width + INTEGER)
 
 
@@ -198,7 +198,7 @@ def _stca(sizes: _Sizes) -> Amount | Count:
     queries = sizes.targets * value * (width + columns)
     padded = sizes.padded * value * (columns + 1) + sizes.padded_targets * (value * columns + FLOAT * config.num_heads)
     fused = sizes.targets * value * width * sum(number + 2 for number in range(config.num_layers))
-    target = sizes.targets * (_swiglu(sizes) + FLOAT * (3 * width + 2))
+    target = sizes.targets * (_swiglu(sizes) + FLOAT * (2 * width + 2))
     stream = sizes.tokens * ((FLOAT if value == FLOAT else 0) * width + INTEGER)
     return (history + queries + padded) * config.num_layers + fused + target + stream
 
