@@ -75,19 +75,21 @@ def _measure(folder: Path, *, ranks: int, gib: float) -> dict[str, Any]:
         context.Process(target=_rank, args=(folder, rank, ranks, gib, sender if rank == 0 else None))
         for rank in range(ranks)
     ]
-    for process in processes:
-        process.start()
-    sender.close()
+    started = []
     try:
+        for process in processes:
+            process.start()
+            started.append(process)
+        sender.close()
         measured: dict[str, Any] = receiver.recv()
     except BaseException as error:
-        for process in processes:
+        for process in started:
             process.kill()  # they wait for the one that failed, or measure on
         if isinstance(error, EOFError):
             raise UserError("the measurement ended early; what the processes said above tells why") from None
         raise
     finally:
-        for process in processes:
+        for process in started:
             process.join()
     return measured
 
