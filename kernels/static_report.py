@@ -212,11 +212,11 @@ def describe(target: str, setting: Setting, name: str, launch: Launch, compiled:
         spilled=usage.spilled,
         shared_bytes=compiled.metadata.shared,
         matrix_instructions=sum(counts_of(body)["tensor"] for body in bodies),
-        loops=_loops(name, launch, setting.width, lanes_of(target), bodies) if has_loops else (),
+        loops=_loops(name, launch, setting.width, target, bodies) if has_loops else (),
     )
 
 
-def _loops(name: str, launch: Launch, width: int, lanes: int, bodies: list[list[Instruction]]) -> tuple[Loop, ...]:
+def _loops(name: str, launch: Launch, width: int, target: str, bodies: list[list[Instruction]]) -> tuple[Loop, ...]:
     """The loop over tiles that all see comes first; tiles at the edge are taken in parts, half as large or less."""
     variant, num_warps = launch.arguments["VARIANT"], launch.options["num_warps"]
     edge = (variant.edge_rows, variant.keys) if name == "keys" else (variant.rows, variant.edge_keys)
@@ -226,8 +226,8 @@ def _loops(name: str, launch: Launch, width: int, lanes: int, bodies: list[list[
         multiplied = num_warps * sum(x.multiply_adds for x in body)
         done = multiplied / (num_scores * width * NUM_PRODUCTS[name])
         # ptxas unrolls: an iteration may hold several tiles. LLVM does not, and wavefronts may repeat a whole tile.
-        num_tiles = max(1, int(done + 0.01)) if lanes == 32 else 1
-        factor = lanes * num_warps / (num_scores * num_tiles)
+        num_tiles = max(1, int(done + 0.01)) if target.startswith("sm_") else 1
+        factor = lanes_of(target) * num_warps / (num_scores * num_tiles)
         counts = counts_of(body)
         by_kind = {kind: round(counts[kind] * factor, 2) for kind in KINDS}
         redundancy = round(done / num_tiles, 2) if multiplied else None

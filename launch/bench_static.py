@@ -72,7 +72,8 @@ def _lines(kernel: Kernel) -> str:
     ]
     for loop in kernel.loops:
         kinds = "  ".join(f"{kind} {number:.2f}" for kind, number in loop.by_kind.items())
-        lines.append(f"    {loop.name:<9} {loop.issued:>6.2f}   {kinds}")
+        repeated = f"  work done {loop.redundancy:.2f} times" if (loop.redundancy or 1) > 1 else ""
+        lines.append(f"    {loop.name:<9} {loop.issued:>6.2f}   {kinds}{repeated}")
     return "\n".join(lines)
 
 

@@ -188,8 +188,13 @@ def _weighted_softplus(similarity: Similarity, queries_MD: Tensor, candidates_CD
 def _chunks(queries: Tensor, candidates: Tensor) -> list[slice]:
     """Parts of queries [M, D], which share candidates [C, D], or [B, N, D], which do not; at least one."""
     logits_per_row = candidates.size(-2) * (1 if candidates.dim() == 2 else queries.size(1))
-    rows = max(1, LOGITS_PER_CHUNK[queries.device.type] // logits_per_row)
-    return [slice(begin, begin + rows) for begin in range(0, max(len(queries), 1), rows)]
+    return _parts(queries, LOGITS_PER_CHUNK[queries.device.type] // logits_per_row)
+
+
+def _parts(x: Tensor, num_rows: int) -> list[slice]:
+    """Parts of so many rows of x, one at least; and one at least if x is empty."""
+    rows = max(1, num_rows)
+    return [slice(begin, begin + rows) for begin in range(0, max(len(x), 1), rows)]
 
 
 def _softmax(
@@ -240,12 +245,22 @@ def _entropy(
     return ((labels > 0) * (logits.logsumexp(dim=-1) - positive)).sum()
 
 
-class _ChunkedSoftmax(torch.autograd.Function):
-    """`_softmax` of the dot product.
+class _KeepsGradients(torch.autograd.Function):
+    """A loss that takes queries, candidates, positives and what needs no gradient.
 
-    The loss is a sum, so its gradients are known up to the incoming scalar while a chunk's logits are at hand, and the
+    It is a sum, so its gradients are known up to the incoming scalar while a chunk's logits are at hand, and the
     forward pass keeps those instead of the logits.
     """
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [dinput * dloss for dinput in ctx.saved_tensors]
+        return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))
+
+
+class _ChunkedSoftmax(_KeepsGradients):
+    """`_softmax` of the dot product."""
 
     @staticmethod
     def forward(
@@ -272,18 +287,11 @@ class _ChunkedSoftmax(torch.autograd.Function):
         ctx.save_for_backward(dqueries, dcandidates, dpositive)
         return loss
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dqueries, dcandidates, dpositive = ctx.saved_tensors
-        return dqueries * dloss, dcandidates * dloss, dpositive * dloss, None, None, None
-
 
 def _gathered_chunks(places_MP: Tensor, candidates_CD: Tensor) -> list[slice]:
     """Parts of the predictions whose copies of candidates are as many values as logits elsewhere; at least one."""
     values_per_row = places_MP.size(1) * candidates_CD.size(1)
-    rows = max(1, LOGITS_PER_CHUNK[candidates_CD.device.type] // values_per_row)
-    return [slice(begin, begin + rows) for begin in range(0, max(len(places_MP), 1), rows)]
+    return _parts(places_MP, LOGITS_PER_CHUNK[candidates_CD.device.type] // values_per_row)
 
 
 def _gathered_entropy(
@@ -305,8 +313,8 @@ def _gathered_shift(shift_C: Tensor | None, places_MP: Tensor) -> Tensor | None:
     return None if shift_C is None else shift_C[places_MP][:, None]
 
 
-class _GatheredSoftmax(torch.autograd.Function):
-    """`per_position_softmax` of the dot product, which like `_ChunkedSoftmax` keeps gradients instead of logits."""
+class _GatheredSoftmax(_KeepsGradients):
+    """`per_position_softmax` of the dot product."""
 
     @staticmethod
     def forward(
@@ -332,12 +340,6 @@ class _GatheredSoftmax(torch.autograd.Function):
             dcandidates.index_add_(0, places.flatten(), gradients.flatten(0, 1))
         ctx.save_for_backward(dqueries, dcandidates, dpositive)
         return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dqueries, dcandidates, dpositive = ctx.saved_tensors
-        return dqueries * dloss, dcandidates * dloss, dpositive * dloss, None, None, None, None
 
 
 class _Chunk(NamedTuple):

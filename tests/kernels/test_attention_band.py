@@ -6,9 +6,13 @@ from attention_cases import Case, assert_as_exact_as_plain_torch, attend, inputs
 
 from ultrarec.kernels import AttentionMask
 from ultrarec.kernels.hstu_attention.band import BLOCK, MOST_KEYS, Band, band_of
-from ultrarec.kernels.products import HAS_ONEDNN
+from ultrarec.kernels.products import HAS_ONEDNN, multiplies_bfloat16
 
 LONG = 8 * BLOCK + 200
+WITH_BFLOAT16 = pytest.mark.skipif(
+    not multiplies_bfloat16(torch.empty(0)), reason="without instructions for bfloat16 strips compute it"
+)
+DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16", marks=WITH_BFLOAT16)]
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="blocks are multiplied by oneDNN, which this torch is without")
 
 
@@ -17,7 +21,7 @@ def case_of(mask: AttentionMask, **changes: object) -> Case:
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 class TestAgainstTheDefinition:
     @pytest.mark.parametrize("window", [1, 100, 128, 129, 512])
     def test_windows_of_less_and_more_than_a_block(self, window: int, dtype: torch.dtype) -> None:
@@ -42,7 +46,7 @@ class TestAgainstTheDefinition:
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_reaches_those_alone_that_see_it(dtype: torch.dtype) -> None:
     case, window, broken = case_of(AttentionMask(window=150), dtype=dtype), 150, 700
     inputs = inputs_of(case)
